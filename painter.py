@@ -15,7 +15,8 @@ from faces import (BROWS, IRIS, NEUTRAL, SCALE, SKULL, SKULL_CENTRE, View, expre
 class Painter:
     """Draws one identity in N poses and expressions. `landmarks` (N, 70, 2) px of the small picture."""
 
-    def __init__(self, identity, pose, expression, shift, size=128, jitter=(0, 0, 1)):
+    def __init__(self, identity, pose, expression, shift, size=128, jitter=(0, 0, 1),
+                 mask=False):
         self.identity, self.size = identity, size
         points = expressive_points(identity, expression)                     # (N, 70, 3)
         self.view = View(pose, shift, size * SCALE, points, jitter)
@@ -25,6 +26,8 @@ class Painter:
         self.unit = self.view.zoom                                           # canvas pixels a unit
         self.colours = _palette(identity)
         self.shapes = self._shapes(pixels)
+        if mask:                                                            # a surgical mask
+            self.shapes["mask"] = np.concatenate([pixels[:, 2:15], pixels[:, 29:30]], 1)
         self.wall, self.cloth = self._wall(), self._cloth()
 
     # ---- once a clip -----------------------------------------------------------------------------
@@ -75,7 +78,7 @@ class Painter:
         i, size = self.identity, self.size * SCALE
         width, neck = 1.75 + .18 * i.shape["width"], .46 + .07 * i.shape["neck"]
         side = smooth(np.array([(neck, -1.32), (neck + .2, -1.45), (width * .75, -1.62), (width, -1.95),
-                                (width + .12, -2.6)]))
+                                (width + .12, -2.6), (width + .2, -9)]))
         outline = self.view.still(np.concatenate([side * (-1, 1), side[::-1]])[:, :2])
         dip = self.view.still(smooth(np.array([(-neck, -1.30), (-neck * .6, -1.58), (0, -1.66 - .13 * (i.collar == 1)),
                                                (neck * .6, -1.58), (neck, -1.30)])))
@@ -174,10 +177,9 @@ class Painter:
         elif i.hair == "bun":
             shapes["bun"] = v.ellipsoid((0, 1.42, -.42), (.36, .33, .36))
         elif i.hair == "mohawk":
-            y = np.linspace(0, 1, 9)
-            shapes["crest"] = v.pixels(np.concatenate([
-                np.stack([np.full(9, -.16), .95 + .55 * np.sin(y * 2.4), .45 - 1.1 * y], 1),
-                np.stack([np.full(9, .16), .95 + .78 * np.sin(y * 2.4), .45 - 1.1 * y], 1)[::-1]]))
+            side = np.array([(.17, .85, .40), (.20, 1.15, .28), (.13, 1.34, .15), (.19, 1.45, .05),
+                             (.08, 1.55, -.1), (.09, 1.72, -.2), (0, 1.6, -.3)])
+            shapes["crest"] = v.pixels(np.concatenate([side * (-1, 1, 1), side[::-1]]))
         return shapes
 
     def _wears(self, p):
@@ -386,6 +388,7 @@ class Painter:
             if i.hair != "buzz" and not i.hat:
                 self._line("gloss", "hair_light", .07)
         self._fill("crest", "hair")
+        self._fill("mask", "mask")
         for side in ("left", "right"):
             self._line("glass_" + side, "frame", .048)
         self._line("bridge", "frame", .045)
@@ -411,7 +414,7 @@ def _palette(identity):
         "brow": mix(hair, dark, .35), "beard": mix(hair, skin, .45 if identity.beard == 4 else .08),
         "lip": c["lip"], "lip_dark": mix(c["lip"], dark, .5), "mouth": (70, 18, 28), "tongue": (214, 92, 96), "teeth": (250, 248, 240),
         "white": (250, 250, 248), "iris": c["iris"], "pupil": (18, 14, 18), "glint": (255, 255, 255), "lash": mix(hair, (20, 10, 15), .8),
-        "frame": mix(c["frame"], dark, .35), "gold": (236, 190, 80), "hat": hat, "hat_dark": mix(hat, dark, .3), "hat_light": mix(hat, white, .45),
+        "frame": mix(c["frame"], dark, .35), "gold": (236, 190, 80), "mask": (150, 200, 215), "hat": hat, "hat_dark": mix(hat, dark, .3), "hat_light": mix(hat, white, .45),
     }
     return {name: rgb(tone) for name, tone in tones.items()}
 

@@ -1,0 +1,253 @@
+"""Data sets: rendered Toy Heads, or clips at rest (sec. 3).
+
+A clip at rest is NAME.mp4 (H.264, every frame a key frame, 25 fps, with its sound) beside NAME.npz:
+landmarks (N, 70, 2), pose (N, 3), optional speech (N, d_s), text, speaker, valid (N,). A data set
+is a folder of such pairs and one index.json. Training sees no difference between the two kinds.
+
+    python data.py toy --clips 2000 --out runs/toys
+
+Every draw is keyed by (seed, step, global sample index): neither a resume nor a split over
+processes changes what a step sees. Letters: B batch, N frames, H W picture.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import audio
+import media
+import toy
+import voices
+from landmarks import draw
+
+
+def batch(dataset, seed, step, batch_size, rank=0, world=1):
+    """Examples of one step on one process, stacked: sample k of a step depends on (seed, step, k) alone."""
+    share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+    examples = [dataset.example(np.random.default_rng((seed, step, k))) for k in share]
+    return {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
+
+
+def default_workers():
+    """One process a core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def executor(workers):
+    """Worker processes that start clean (forking a process with torch threads can hang)."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def in_parallel(make, items, workers, what):
+    """[make(item) for item in items] over processes, with a bar; in this process for workers=0."""
+    if workers == 0:
+        return [make(item) for item in tqdm(items, what, leave=False)]
+    with executor(workers) as pool:
+        chunks = max(1, min(8, len(items) // (4 * workers)))
+        return list(tqdm(pool.map(make, items, chunksize=chunks), what, len(items), leave=False))
+
+
+# ---- frames, for the VAE and the detector --------------------------------------------------------
+
+class Frames:
+    """Pairs of frames of one identity. `pictures` (I, F, H, W, 3) uint8, `landmarks` (I, F, 70, 2)."""
+
+    def __init__(self, pictures, landmarks):
+        self.pictures, self.landmarks = pictures, landmarks
+
+    def example(self, rng):
+        """Frames i != j of one clip (sec. 4.2): reference, target, x_m (3, H, W), landmarks (70, 2)."""
+        who = rng.integers(len(self.pictures))
+        i, j = rng.choice(len(self.pictures[who]), 2, replace=False)
+        points = self.landmarks[who][j]
+        x_m = draw(points, self.pictures[who].shape[-2])
+        return {"reference": media.to_float(self.pictures[who][i]),
+                "target": media.to_float(self.pictures[who][j]),
+                "x_m": media.to_float(x_m), "landmarks": torch.from_numpy(points)}
+
+
+class ToyFrames(Frames):
+    """A pool of rendered identities, each in `frames` unrelated poses; about 3 ms a frame to make."""
+
+    def __init__(self, seed=0, identities=3000, frames=8, size=128, workers=None):
+        if seed < 0 or identities < 1 or frames < 2:
+            raise media.UserError("rendered heads need --identities of at least 1, --frames of at "
+                                  "least 2 and a seed that is not negative")
+        make = functools.partial(toy.make_portraits, count=frames, size=size)
+        seeds = [training_seed(seed, k) for k in range(identities)]
+        workers = default_workers() if workers is None else workers
+        made = in_parallel(make, seeds, workers, "heads")
+        super().__init__(np.stack([m[0] for m in made]), np.stack([m[1] for m in made]))
+
+
+class ClipFrames(Frames):
+    """Every `stride`-th frame of the clips of a folder, decoded once and kept in memory."""
+
+    def __init__(self, folder, size=128, stride=10):
+        pictures, points = [], []
+        for path in tqdm(clip_paths(folder), "clips", leave=False):
+            held = read_clip(path)
+            shown = [k for k in range(0, len(held["landmarks"]), stride) if held["valid"][k]]
+            if len(shown) < 2:
+                continue
+            wanted = set(shown)
+            frames = [f for k, f in enumerate(media.read_video(path)) if k in wanted]
+            pictures.append(np.stack(frames))
+            points.append(held["landmarks"][shown[:len(frames)]])
+            if frames[0].shape[:2] != (size, size):
+                raise media.UserError(f"{path}: frames are {frames[0].shape[1]}x{frames[0].shape[0]} and "
+                                      f"the preset wants {size}x{size}; prepare the clips at that size")
+        super().__init__(pictures, points)
+
+
+def training_seed(seed, k):
+    """The toy seed of item k of a run: runs with other seeds see other heads, none held out."""
+    return int(np.random.SeedSequence((seed, k)).generate_state(1)[0]) % toy.HELD_OUT
+
+
+# ---- motion, for the diffusion model -------------------------------------------------------------
+
+def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True):
+    """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, 320), as float32 arrays."""
+    clip = toy.make_clip(training_seed(seed, k), seconds, size)
+    sound = clip.sound
+    if augment:
+        sound = voices.augment(sound, np.random.default_rng((seed, k, 9)))
+    return {"landmarks": clip.landmarks, "pose": clip.pose, "speech": audio.log_mel(sound).numpy()}
+
+
+class GrowingPool:
+    """Items made by worker processes while training goes on, so that the first step comes early.
+
+    At a step the pool holds `size(step)` = min(limit, first + per_step * step) items, each a
+    function of its number alone: a resumed run makes the same ones again.
+    """
+
+    def __init__(self, make, first, per_step, limit, workers=1):
+        self.make, self.first, self.per_step, self.limit = make, first, per_step, limit
+        self.made, self.workers, self.pool, self.waiting = 0, workers, None, []
+
+    def size(self, step):
+        return int(min(self.limit, self.first + self.per_step * step))
+
+    def grow(self, step, ahead=32):
+        """Yield, in order, the items that the pool must gain before this step."""
+        want = self.size(step)
+        if self.workers and self.pool is None and self.made < self.limit:
+            self.pool = executor(self.workers)
+        while self.made < want:
+            if self.workers:
+                self._order(want + ahead)
+                item = self.waiting.pop(0).result()
+            else:
+                item = self.make(self.made)
+            self.made += 1
+            yield item
+        if self.workers and self.made < self.limit:
+            self._order(want + ahead)
+
+    def _order(self, upto):
+        while self.made + len(self.waiting) < min(upto, self.limit):
+            self.waiting.append(self.pool.submit(self.make, self.made + len(self.waiting)))
+
+    def close(self):
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool = None
+
+
+def clip_motion(k, paths, kind="mel"):
+    """Clip k of a folder in the form of `toy_motion`; speech features are stored or made anew."""
+    held = read_clip(paths[k])
+    speech = held.get("speech")
+    if speech is None:
+        speech = audio.speech_features(media.read_sound(paths[k]), kind).numpy()
+    n = min(len(speech), len(held["landmarks"]))
+    return {"landmarks": held["landmarks"][:n], "pose": held["pose"][:n], "speech": speech[:n]}
+
+
+# ---- clips at rest -------------------------------------------------------------------------------
+
+def write_clip(path, clip, speech=None, speaker=""):
+    """Write a clip in the format above. `path` ends in .mp4; the .npz is written beside it."""
+    path = Path(path)
+    size = clip.size
+    with media.VideoWriter(path, size, size, clip.sound, intra=True) as video:
+        for k in range(len(clip)):
+            video.write(clip.frame(k)[None])
+    arrays = {"landmarks": clip.landmarks, "pose": clip.pose, "text": clip.text, "speaker": speaker,
+              "valid": np.ones(len(clip), dtype=bool)}
+    if speech is not None:
+        arrays["speech"] = speech
+    with media.replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_clip(path):
+    """The numbers beside a clip: dict of arrays; UserError names what is missing."""
+    path = Path(path).with_suffix(".npz")
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+        arrays["landmarks"] = arrays["landmarks"].astype(np.float32)
+        arrays.setdefault("valid", np.ones(len(arrays["landmarks"]), dtype=bool))
+    except (OSError, KeyError, ValueError) as error:
+        raise media.UserError(f"{path}: not the numbers of a clip ({error}); make it again") from error
+    return arrays
+
+
+def clip_paths(folder):
+    """The clips of a data set, as its index.json lists them."""
+    index = Path(folder) / "index.json"
+    try:
+        names = json.loads(index.read_text())["clips"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise media.UserError(f"{index}: not a data set's index ({error}); make one with "
+                              "`python data.py toy --out FOLDER`") from error
+    if not names:
+        raise media.UserError(f"{index}: lists no clips")
+    return [Path(folder) / name for name in names]
+
+
+def _write_toy(k, seed, seconds, size, out):
+    clip = toy.make_clip(training_seed(seed, k), seconds, size)
+    path = Path(out) / f"toy_{k:06d}.mp4"
+    if not path.with_suffix(".npz").exists():                  # the .npz comes last: a whole clip
+        write_clip(path, clip, speaker=f"toy {training_seed(seed, k)}")
+    return path.name
+
+
+def main(argv=None):
+    parser = media.ArgumentParser(description=__doc__.split("\n")[0])
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    made = kinds.add_parser("toy", help="write rendered Toy Heads as clips")
+    made.add_argument("--clips", type=int, default=2000, help="how many")
+    made.add_argument("--seconds", type=float, default=4.8, help="length of each")
+    made.add_argument("--size", type=int, default=128, help="side of the picture in pixels")
+    made.add_argument("--seed", type=int, default=0, help="other seeds give other heads")
+    made.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    made.add_argument("--out", required=True, help="folder; the same command again goes on")
+    args = parser.parse_args(argv)
+    if args.clips < 1 or args.seconds < .4:
+        raise media.UserError("data.py toy wants --clips of at least 1 and --seconds of at least 0.4")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    make = functools.partial(_write_toy, seed=args.seed, seconds=args.seconds, size=args.size, out=out)
+    workers = default_workers() if args.workers is None else args.workers
+    names = in_parallel(make, range(args.clips), workers, "clips")
+    index = {"toy_version": toy.TOY_VERSION, "seed": args.seed, "fps": media.FPS, "clips": names}
+    with media.replacing(out / "index.json") as temporary:
+        Path(temporary).write_text(json.dumps(index, indent=1))
+    print(out)
+
+
+if __name__ == "__main__":
+    media.run(main)

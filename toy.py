@@ -1,0 +1,327 @@
+"""Toy Heads: endless made talking heads in which every number is known.
+
+One motion causes both the sound and the picture, as in life: `voices` turns phonemes into
+articulator tracks, the same tracks drive a synthesizer and the lips. Stress moves head and brows;
+blinks, gaze and the rest of the head's motion are random processes of their own.
+
+    python toy.py --seed 3 --seconds 6 --out toy.mp4      one head, its landmarks beside it
+    python toy.py --sheet sheet.png                       64 identities
+    python toy.py --say "Bob made papa mop" --out a.mp4   a sentence (needs espeak-ng)
+    python toy.py --instruct "please smile" --out b.mp4   a head that obeys
+
+Seeds from HELD_OUT on are never trained on. Letters: N frames, E expression numbers.
+Nothing here is in the paper: it trained on 1,169 hours of real faces.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+import media
+import voices
+from faces import EXPRESSION, NEUTRAL, random_identity
+from landmarks import draw, head_pose
+from painter import Painter
+
+TOY_VERSION = 1                 # numbers measured on two versions must not be compared
+HELD_OUT = 1_000_000_000        # the first seed of the held-out range
+BLINKS_PER_MINUTE = 22
+DEFECTS = ("profile", "jitter", "mask", "silence", "two_faces", "shifted_sound")
+AT = {name: k for k, name in enumerate(EXPRESSION)}
+
+
+@dataclass
+class Motion:
+    """What a head does: pose (N, 3) degrees, expression (N, E), sway (N, 2) in half face widths."""
+    pose: np.ndarray
+    expression: np.ndarray
+    sway: np.ndarray
+
+    def __len__(self):
+        return len(self.pose)
+
+
+@dataclass
+class ToyClip:
+    """A made clip. `landmarks` (N, 70, 2) px, `pose` (N, 3) fitted to them, `true_pose` the renderer's."""
+    identity: object
+    motion: Motion
+    speech: voices.Speech | None = None
+    text: str = ""
+    size: int = 128
+    jitter: tuple = (0.0, 0.0, 1.0)
+    defect: str | None = None
+    intruder: ToyClip | None = field(default=None, repr=False)
+
+    @cached_property
+    def painter(self):
+        m = self.motion
+        return Painter(self.identity, m.pose, m.expression, m.sway, self.size, self.jitter,
+                       mask=self.defect == "mask")
+
+    @cached_property
+    def landmarks(self):
+        return self.painter.landmarks
+
+    @cached_property
+    def pose(self):
+        return head_pose(self.landmarks)
+
+    @property
+    def true_pose(self):
+        return self.motion.pose
+
+    @property
+    def sound(self):
+        """(T,) float32 at 16 kHz; a clip without speech is silent."""
+        if self.speech is None:
+            return np.zeros(len(self) * media.RATE // media.FPS, dtype=np.float32)
+        return self.speech.sound
+
+    def __len__(self):
+        return len(self.motion)
+
+    def frames(self, indices=None):
+        """Draw frames. -> (n, size, size, 3) uint8."""
+        return np.stack([self.frame(k) for k in (range(len(self)) if indices is None else indices)])
+
+    def frame(self, k):
+        picture = self.painter.frame(k)
+        if self.intruder is None:
+            return picture
+        small, picture = self.intruder.frame(k % len(self.intruder)), picture.copy()
+        picture[-small.shape[0]:, :small.shape[1]] = small
+        return picture
+
+
+# ---- motion --------------------------------------------------------------------------------------
+
+def wander(rng, n, seconds, columns=1):
+    """Smooth random motion of unit spread that forgets itself in about `seconds`. -> (n, columns)."""
+    sigma = seconds * media.FPS
+    reach = int(3 * sigma) + 1
+    kernel = np.exp(-.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    noise = rng.standard_normal((n + 2 * reach, columns))
+    kernel /= np.sqrt((kernel ** 2).sum())
+    return np.stack([np.convolve(noise[:, c], kernel, "valid") for c in range(columns)], 1)
+
+
+def blinks(rng, n):
+    """Lid opening 0..1 of a random process of BLINKS_PER_MINUTE, no two within 0.5 s. -> (n,)."""
+    lid, at = np.ones(n + 20), 0.0
+    rest = 60 / BLINKS_PER_MINUTE - .5
+    while True:
+        at += .5 + rng.exponential(rest)
+        first = int(at * media.FPS)
+        if first >= n:
+            return lid[:n]
+        shape = [.55, .08, *[0.0] * int(rng.integers(1, 4)), .12, .5, .85]
+        lid[first:first + len(shape)] = shape[:len(lid) - first]
+
+
+def gaze(rng, n):
+    """Eyes that rest on a point for a second or so, then jump. -> (n, 2), about -1..1."""
+    track, k = np.zeros((n, 2)), 0
+    while k < n:
+        rest = int(rng.exponential(1.1) * media.FPS) + 6
+        track[k:k + rest] = np.clip(rng.normal(0, .38, 2), -1, 1) if rng.random() < .7 else 0
+        k += rest
+    track[1:] = .7 * track[1:] + .3 * track[:-1]                # a jump takes two frames
+    return track
+
+
+def make_motion(rng, n, speech=None):
+    """The whole motion of a clip of n frames: lips from the speech, the rest its own."""
+    stress = np.zeros(n) if speech is None else _fit(speech.stress, n)
+    nod = np.convolve(stress, np.exp(-.5 * (np.arange(-6, 7) / 2.5) ** 2) / 6.3, "same")
+    pose = rng.normal(0, (4, 6, 3), 3) + wander(rng, n, .9, 3) * (2.6, 4.5, 2.6)
+    pose += wander(rng, n, .3, 3) * (.7, 1.0, .6)
+    pose[:, 0] -= rng.uniform(4, 9) * nod
+    pose[:, 2] += rng.choice([-1, 1]) * rng.uniform(0, 3) * nod
+    spread = pose[:, 1].std()
+    if 0 < spread < 4:                                          # every clip turns its head a little
+        pose[:, 1] = pose[:, 1].mean() + (pose[:, 1] - pose[:, 1].mean()) * 4 / spread
+    pose = 32 * np.tanh(pose / 32)
+
+    e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
+    if speech is not None:
+        e[:, :4] = _fit(speech.lips, n)
+    e[:, AT["smile"]] = rng.uniform(-.1, .5) + .15 * wander(rng, n, 1.0)[:, 0]
+    brows = rng.uniform(.3, 1.0) * nod + .18 * wander(rng, n, .6)[:, 0]
+    e[:, 5:7] = np.clip(brows[:, None] + .06 * wander(rng, n, .6, 2), -1, 1)
+    rest = np.clip(rng.uniform(.85, 1.0) + .04 * wander(rng, n, .5)[:, 0], .6, 1.1)
+    e[:, 7:9] = (rest * blinks(rng, n))[:, None]
+    e[:, 9:11] = np.clip(gaze(rng, n) - np.stack([pose[:, 1], pose[:, 0]], 1) / 60, -1, 1)
+    return Motion(pose, e.astype(np.float32), .02 * wander(rng, n, .8, 2))
+
+
+def random_poses(rng, n):
+    """Unrelated poses and expressions, wider than speech alone shows: what the VAE learns from."""
+    e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
+    e[:, 0] = rng.beta(.7, 1.3, n) * (rng.random(n) < .8)
+    e[:, 1:4] = np.stack([rng.uniform(.1, .9, n), rng.beta(.6, 1.6, n), rng.beta(.7, 1.3, n)], 1)
+    e[:, 4] = rng.uniform(-.5, 1, n)
+    e[:, 5:7] = np.clip(rng.uniform(-1, 1, (n, 1)) + rng.normal(0, .2, (n, 2)), -1, 1)
+    lids = np.where(rng.random(n) < .2, rng.uniform(0, .8, n), rng.uniform(.8, 1.05, n))
+    lids[rng.random(n) < .07] = 0
+    e[:, 7:9] = lids[:, None]
+    e[:, 9:11] = np.clip(rng.normal(0, .5, (n, 2)), -1, 1)
+    pose = 32 * np.tanh(rng.normal(0, (8, 12, 6), (n, 3)) / 32)
+    return Motion(pose, e.astype(np.float32), rng.normal(0, .02, (n, 2)))
+
+
+def _fit(track, n):
+    """Cut or repeat the last row so that a track has n rows."""
+    return np.concatenate([track[:n], np.repeat(track[-1:], max(n - len(track), 0), 0)])
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+def make_clip(seed, seconds, size=128, held_out=False, defect=None):
+    """The talking head of a seed: always the same clip. ``held_out`` counts seeds from HELD_OUT.
+
+    Identity, voice, phonemes and motion each have a generator of their own, all keyed by the seed.
+    """
+    seed = seed + HELD_OUT * held_out
+    who, says, moves = (np.random.default_rng((seed, k)) for k in range(3))
+    n = round(seconds * media.FPS)
+    speech = voices.make_speech(says, seconds, silence_share=1.0 if defect == "silence" else .03)
+    clip = ToyClip(random_identity(who), make_motion(moves, n, speech), speech, size=size,
+                   jitter=(*moves.uniform(-.02, .02, 2), moves.uniform(.94, 1.06)), defect=defect)
+    return _spoil(clip, moves) if defect else clip
+
+
+def make_portraits(seed, count, size=128):
+    """Unrelated poses of one identity, for the VAE: (count, size, size, 3) uint8, (count, 70, 2)."""
+    who, moves = (np.random.default_rng((seed, k)) for k in (0, 3))
+    clip = ToyClip(random_identity(who), random_poses(moves, count), size=size,
+                   jitter=(*moves.uniform(-.03, .03, 2), moves.uniform(.92, 1.08)))
+    return clip.frames(), clip.landmarks
+
+
+def say(text, seed, size=128, voice="en"):
+    """A sentence spoken by espeak-ng, on the face of a seed."""
+    who, moves = (np.random.default_rng((seed, k)) for k in (0, 2))
+    speech = voices.espeak(text, voice)
+    n = round(len(speech.sound) / media.RATE * media.FPS)
+    return ToyClip(random_identity(who), make_motion(moves, n, speech), speech, text, size)
+
+
+def _spoil(clip, rng):
+    """Put a defect into a clip: what the filters of A.1 are there to drop."""
+    m, defect = clip.motion, clip.defect
+    if defect == "profile":
+        m.pose[:, 1] = rng.choice([-1, 1]) * rng.uniform(50, 70) + .3 * m.pose[:, 1]
+    elif defect == "jitter":
+        m.sway += rng.normal(0, .12, m.sway.shape)
+    elif defect == "mask":
+        m.expression[:, :4] = NEUTRAL[:4]
+    elif defect == "two_faces":
+        other = make_clip(int(rng.integers(HELD_OUT)), len(clip) / media.FPS, clip.size // 2)
+        return replace(clip, intruder=other)
+    elif defect == "shifted_sound":
+        shift = int(rng.choice([-1, 1]) * rng.uniform(.3, .6) * media.RATE)
+        return replace(clip, speech=replace(clip.speech, sound=np.roll(clip.speech.sound, shift)))
+    return clip
+
+
+# ---- instructions (appendix E) -------------------------------------------------------------------
+
+# attribute: (wordings to train on, wordings held out, {column of pose or expression: target})
+INSTRUCTIONS = {
+    "smile": (("please smile", "smile", "give me a smile"), ("show me a big smile",), {"smile": 1.0}),
+    "frown": (("look sad", "please look sad", "make a sad face"), ("show me a sad face",), {"smile": -.6, "brow": -.5}),
+    "open_mouth": (("open your mouth", "please open your mouth", "mouth open"), ("open the mouth wide",), {"jaw": .9}),
+    "close_eyes": (("close your eyes", "please close your eyes", "shut your eyes"), ("keep your eyes shut",), {"lid": 0.0}),
+    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up"), ("please raise your brows",), {"brow": 1.0}),
+    "turn_left": (("turn your head left", "turn left", "please turn to the left"), ("rotate your head to the left",), {"yaw": 20}),
+    "turn_right": (("turn your head right", "turn right", "please turn to the right"), ("rotate your head to the right",), {"yaw": -20}),
+    "look_up": (("lift your head", "head up", "please raise your head"), ("turn your head up",), {"pitch": 15}),
+    "look_down": (("lower your head", "head down", "please lower your head"), ("turn your head down",), {"pitch": -15}),
+    "tilt_left": (("tilt your head left", "please tilt your head to the left", "lean your head left"), ("tilt left",), {"roll": 15}),
+    "tilt_right": (("tilt your head right", "please tilt your head to the right", "lean your head right"), ("tilt right",), {"roll": -15}),
+    "glance_left": (("look left", "glance left", "please look to the left"), ("eyes to the left",), {"gaze_x": .95}),
+    "glance_right": (("look right", "glance right", "please look to the right"), ("eyes to the right",), {"gaze_x": -.95}),
+    "nod": (("nod", "please nod", "nod your head"), ("say yes with your head",), {"pitch": "wave"}),
+    "shake": (("shake your head", "please shake your head", "shake"), ("say no with your head",), {"yaw": "wave"}),
+}
+_CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}
+
+
+def obey(motion, actions, start=.3):
+    """Change a motion so that it carries out the named actions, eased in after `start` seconds."""
+    t = np.arange(len(motion)) / media.FPS - start
+    ease = np.clip(t / .5, 0, 1) ** 2 * (3 - 2 * np.clip(t / .5, 0, 1))          # smoothstep
+    for action in actions:
+        for name, target in INSTRUCTIONS[action][2].items():
+            tracks, columns = ((motion.pose, [("pitch", "yaw", "roll").index(name)])
+                               if name in ("pitch", "yaw", "roll") else
+                               (motion.expression, [k for c, k in AT.items() if c.startswith(name)]))
+            goal = 12 * np.sin(2 * np.pi * 1.3 * t) if target == "wave" else target
+            for k in columns:
+                tracks[:, k] += ease * (goal - tracks[:, k]) * .92
+    return motion
+
+
+def instruct(seed, seconds, held_out=False, actions=None, size=128):
+    """A silent clip whose head obeys one instruction, or two joined by "and"; `text` says which."""
+    seed = seed + HELD_OUT * held_out
+    who, words, moves = (np.random.default_rng((seed, k)) for k in (0, 4, 2))
+    if actions is None:
+        actions = [str(words.choice(list(INSTRUCTIONS)))]
+        other = str(words.choice(list(INSTRUCTIONS)))
+        parts = [{_CLASH.get(c, c) for c in INSTRUCTIONS[a][2]} for a in (actions[0], other)]
+        if words.random() < .3 and not parts[0] & parts[1]:
+            actions.append(other)
+    text = " and ".join(str(words.choice(INSTRUCTIONS[a][1 if held_out else 0])) for a in actions)
+    motion = obey(make_motion(moves, round(seconds * media.FPS)), actions)
+    return ToyClip(random_identity(who), motion, text=text, size=size)
+
+
+def actions_of(text):
+    """Which actions a text names, by the wordings above; UserError for words nobody knows."""
+    known = {w: a for a, (train, held, _) in INSTRUCTIONS.items() for w in train + held}
+    parts = [part.strip() for part in text.lower().split(" and ")]
+    for part in parts:
+        if part not in known:
+            raise media.UserError(f"--instruct {text!r}: no head knows {part!r}; try one of: "
+                                  + "; ".join(train[0] for train, _, _ in INSTRUCTIONS.values()))
+    return [known[part] for part in parts]
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = media.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=3, help="which head")
+    parser.add_argument("--seconds", type=float, default=6, help="length of the clip")
+    parser.add_argument("--size", type=int, default=128, help="side of the picture in pixels")
+    parser.add_argument("--out", default="toy.mp4", help="video to write")
+    parser.add_argument("--sheet", metavar="PNG", help="draw 64 identities instead")
+    parser.add_argument("--say", metavar="TEXT", help="speak a sentence (needs espeak-ng)")
+    parser.add_argument("--instruct", metavar="TEXT", help="obey an instruction")
+    parser.add_argument("--defect", choices=DEFECTS, help="put a defect into the clip")
+    args = parser.parse_args(argv)
+    if args.seconds < .2 or args.size < 32:
+        raise media.UserError("toy.py wants --seconds of at least 0.2 and --size of at least 32")
+    if args.sheet:
+        heads = [make_portraits(args.seed + k, 1, args.size)[0][0] for k in range(64)]
+        media.write_image(args.sheet, media.grid(np.stack(heads), 8))
+        return print(args.sheet)
+    if args.say:
+        clip = say(args.say, args.seed, args.size)
+    elif args.instruct:
+        clip = instruct(args.seed, args.seconds, actions=actions_of(args.instruct), size=args.size)
+    else:
+        clip = make_clip(args.seed, args.seconds, args.size, defect=args.defect)
+    with media.VideoWriter(args.out, args.size, 2 * args.size, clip.sound) as video:
+        for k in range(len(clip)):
+            x_m = draw(clip.landmarks[k], args.size)
+            video.write(np.concatenate([clip.frame(k), x_m], 1)[None])
+    print(args.out)
+
+
+if __name__ == "__main__":
+    media.run(main)
