@@ -1,0 +1,409 @@
+"""What the training loops share: processes, optimisers, EMA, budget, checkpoints, logs and curves.
+
+No Trainer: each loop stays readable from top to bottom in its own script and calls these. The same
+command runs in one process or under `torchrun` (gloo on a CPU, nccl on GPUs).
+
+Departures from the paper: it trains with Adam alone; the `toy` presets may use Muon (a step along
+the nearest orthogonal matrix of the momentum), which on two cores saves two thirds of the time.
+"""
+from __future__ import annotations
+
+import csv
+import math
+import os
+import pickle
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+
+import media
+
+
+# ---- device and processes ------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: rank, world size, and its device. Rank 0 writes the files."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def leads(self):
+        return self.rank == 0
+
+
+def start_processes(device="auto"):
+    """Join the process group that torchrun announces, or stay alone."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world, device)
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(name="auto"):
+    """cuda, mps, cpu in this order for "auto"; UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else \
+            "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise media.UserError(f"--device {name}: not available here; try --device cpu") from error
+
+
+def pick_dtype(name, device):
+    """bf16 for "auto" where the hardware is fast at it, else fp32. Returns the autocast dtype."""
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        else:
+            name = "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _cpu_has_bf16():
+    return "amx_bf16" in str(torch.backends.cpu.get_cpu_capability()).lower() or \
+        getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() or \
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def distribute(model, processes):
+    """Wrap a model for gradient averaging when there is more than one process."""
+    if processes.world == 1:
+        return model
+    gpu = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=gpu)
+
+
+def unwrap(model):
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def agree(values, processes):
+    """Rank 0's numbers, on every process: clocks and signals differ, decisions must not."""
+    if processes.world == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=processes.device)
+    dist.broadcast(tensor, 0)
+    return tensor.tolist()
+
+
+def generator(*key, device="cpu"):
+    """A torch generator keyed by whole numbers, such as (seed, step, global sample index)."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+# ---- optimisers ----------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix steps are orthogonalised, for hidden kernels (out, in, ...).
+
+    The step is lr * 0.2 sqrt(max(rows, columns)) * UV^T of the Nesterov momentum's SVD.
+    """
+
+    def __init__(self, parameters, lr=2e-3, momentum=.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                matrix = p.grad.lerp(buffer, group["momentum"]).reshape(len(p), -1)
+                size = .2 * math.sqrt(max(matrix.shape))
+                update = orthogonalise(matrix).view(p.shape).to(p.dtype)
+                p.add_(update, alpha=-group["lr"] * size)
+
+
+def orthogonalise(matrix, steps=5):
+    """Nearest semi-orthogonal matrix, roughly: Newton-Schulz in bf16. (rows, columns) -> same."""
+    a, b, c = 3.4445, -4.7750, 2.0315               # a quintic that pulls singular values to about 1
+    x = matrix.bfloat16() if matrix.dtype == torch.float32 else matrix
+    x = x / (x.norm() + 1e-7)
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+def make_optimisers(model, kind, lr, betas=(.9, .99), muon_lr=2e-3):
+    """The optimisers of a model: [Adam], or [Muon, Adam] with Muon on its hidden kernels.
+
+    Hidden: matrices and convolutions with at least 32 channels on both sides, one group a kernel
+    (not depthwise, not an embedding), unless the module's name is in `model.not_hidden`.
+    """
+    hidden, rest = [], []
+    skip = getattr(model, "not_hidden", ())
+    for name, p in model.named_parameters():
+        is_hidden = kind == "muon" and p.ndim >= 2 and min(p.shape[:2]) >= 32 \
+            and not any(name.startswith(s) for s in skip)
+        (hidden if is_hidden else rest).append(p)
+    chosen = [torch.optim.Adam(rest, lr=lr, betas=betas)]
+    if hidden:
+        chosen.insert(0, Muon(hidden, lr=muon_lr))
+    for optimiser in chosen:
+        for group in optimiser.param_groups:
+            group["base_lr"] = group["lr"]
+    return chosen
+
+
+def set_rate(optimisers, factor):
+    """Multiply every base learning rate by the schedule's factor."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+
+def rate_factor(schedule, step, share, warmup):
+    """The schedule's factor at a step; `share` in [0, 1] is how much of the budget is spent.
+
+    "constant" (the paper's VAE), "inverse_sqrt" (its diffusion model), or "trapezoid": constant,
+    then linear to zero over the last third. All warm up over `warmup` steps.
+    """
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if schedule == "inverse_sqrt":
+        return min(warm, math.sqrt(max(warmup, 1) / (step + 1)))
+    return warm * (min(1.0, 3 * (1 - share)) if schedule == "trapezoid" else 1.0)
+
+
+class Ema:
+    """A running average of a model's weights: `weights` is a state dict in fp32."""
+
+    def __init__(self, model, decay=.995):
+        self.decay = decay
+        self.weights = {k: v.detach().clone() for k, v in unwrap(model).state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model, step):
+        decay = min(self.decay, (1 + step) / (10 + step))       # the first steps count for little
+        for name, value in unwrap(model).state_dict().items():
+            if value.is_floating_point():
+                self.weights[name].lerp_(value, 1 - decay)
+            else:
+                self.weights[name].copy_(value)
+
+    def half(self):
+        """What ships: fp16 weights on the CPU."""
+        return {k: v.half().cpu() if v.is_floating_point() else v.cpu()
+                for k, v in self.weights.items()}
+
+
+# ---- budget and interruption ---------------------------------------------------------------------
+
+class Budget:
+    """How long a run lasts: `steps`, or `minutes` summed over all its resumed parts."""
+
+    def __init__(self, steps=None, minutes=None, spent=0.0):
+        if (steps is None) == (minutes is None):
+            raise media.UserError("give either --steps or --minutes")
+        if (steps or minutes) <= 0:
+            raise media.UserError("--steps and --minutes must be above zero")
+        self.steps, self.minutes = steps, minutes
+        self.start = time.monotonic() - 60 * spent
+
+    def spent(self):
+        """Minutes so far."""
+        return (time.monotonic() - self.start) / 60
+
+    def share(self, step):
+        """How much is used up, 0..1."""
+        return min(1.0, step / self.steps if self.steps else self.spent() / self.minutes)
+
+
+class Stop:
+    """True once SIGINT or SIGTERM arrived: the loop saves and ends. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.wanted, self.before = False, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    def __bool__(self):
+        return self.wanted
+
+
+class Ahead:
+    """make(step) for coming steps, computed in threads while the current step trains."""
+
+    def __init__(self, make, first, depth=3):
+        self.make, self.next, self.depth, self.waiting = make, first, depth, []
+        self.pool = ThreadPoolExecutor(1)
+
+    def __call__(self, step):
+        """The value of `step`; steps must come in order."""
+        while self.next < step + self.depth:
+            self.waiting.append(self.pool.submit(self.make, self.next))
+            self.next += 1
+        return self.waiting.pop(0).result()
+
+    def close(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save(path, state):
+    """torch.save of plain types, beside and renamed; a failed save keeps the old file."""
+    with media.replacing(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:                           # how torch reports a full disk
+            raise OSError(f"cannot be saved: {error}".split("\n")[0]) from error
+
+
+def load(path, device="cpu"):
+    """Read a checkpoint of plain types and tensors; nothing in it can run."""
+    if not Path(path).is_file():
+        raise media.UserError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise media.UserError(f"{path}: not a checkpoint of this project, or cut short "
+                              f"({reason})") from error
+    if not isinstance(state, dict):
+        raise media.UserError(f"{path}: not a checkpoint of this project")
+    return state
+
+
+def load_weights(model, weights, path):
+    """Fill a model; UserError when the file is of another shape."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise media.UserError(f"{path}: its weights do not fit this model ({reason})") from error
+    return model
+
+
+def optimiser_states(optimisers):
+    return [o.state_dict() for o in optimisers]
+
+
+def load_optimisers(optimisers, states):
+    for optimiser, state in zip(optimisers, states, strict=True):
+        optimiser.load_state_dict(state)
+
+
+# ---- logs and curves -----------------------------------------------------------------------------
+
+class Log:
+    """`log.csv`: a row a step. A resumed run drops the rows after its checkpoint."""
+
+    def __init__(self, path, columns, step=0):
+        self.path, self.columns = Path(path), ["step", "minutes", *columns]
+        rows = [r for r in read_log(path) if r["step"] < step] if step else []
+        with media.replacing(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        self.file = open(path, "a", newline="")
+
+    def write(self, **values):
+        row = [values.get(c, "") for c in self.columns]
+        csv.writer(self.file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+
+    def flush(self):
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+
+def read_log(path):
+    """Rows of a log.csv as dicts of floats; an unwritten or torn cell is nan."""
+    if not Path(path).is_file():
+        return []
+
+    def number(text):
+        try:
+            return float(text)
+        except (TypeError, ValueError):
+            return math.nan
+    with open(path, newline="") as file:
+        return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#66a182", "#8d5a97", "#444444")
+
+
+def draw_curves(log_path, png, columns, smooth=.02):
+    """One small chart a column over steps, smoothed over a share of the run; log scale if positive."""
+    rows = read_log(log_path)
+    if len(rows) < 2:
+        return
+    width, height = 420, 220
+    sheet = Image.new("RGB", (width * min(2, len(columns)), height * -(-len(columns) // 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, name in enumerate(columns):
+        corner = (k % 2 * width, k // 2 * height)
+        steps = np.array([r["step"] for r in rows])
+        values = np.array([r.get(name, math.nan) for r in rows])
+        kept = np.isfinite(values)
+        if kept.sum() >= 2:
+            _chart(pen, corner, (width, height), name, steps[kept],
+                   _smoothed(values[kept], smooth), COLOURS[k % len(COLOURS)])
+    media.write_image(png, np.asarray(sheet))
+
+
+def _smoothed(values, share):
+    n = max(1, int(len(values) * share))
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    first = np.maximum(np.arange(1, len(values) + 1) - n, 0)
+    return (total[1:] - total[first]) / (np.arange(1, len(values) + 1) - first)
+
+
+def _chart(pen, corner, size, name, steps, values, colour):
+    x0, y0, w, h = corner[0] + 46, corner[1] + 22, size[0] - 62, size[1] - 46
+    is_log = values.min() > 0 and values.max() / values.min() > 8
+    shown = np.log10(values) if is_log else values
+    low, high = shown.min(), max(shown.max(), shown.min() + 1e-9)
+    for share in (0, .5, 1):
+        y, at = y0 + h * (1 - share), low + share * (high - low)
+        pen.line([x0, y, x0 + w, y], "#dddddd")
+        pen.text((corner[0] + 2, y - 6), f"{10 ** at if is_log else at:.3g}", "#555555")
+    x = x0 + w * (steps - steps[0]) / max(steps[-1] - steps[0], 1)
+    y = y0 + h * (1 - (shown - low) / (high - low))
+    pen.line(np.stack([x, y], 1).ravel().tolist(), colour, 2)
+    pen.text((x0, corner[1] + 4), name + (" (log)" if is_log else ""), "black")
+    pen.text((x0, y0 + h + 6), f"step {int(steps[0])} .. {int(steps[-1])}", "#555555")
