@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-from landmarks import BROWS, EYE_LEFT, EYE_RIGHT, MEAN_FACE, NOSE, crop_box, rotation
+from landmarks import EYE_LEFT, EYE_RIGHT, MEAN_FACE, NOSE, crop_box, rotation
 
 EXPRESSION = ("jaw", "width", "round", "upper", "smile", "brow_left", "brow_right",
               "lid_left", "lid_right", "gaze_x", "gaze_y")
@@ -73,7 +72,8 @@ def random_identity(rng, glasses=.25, beard=.2, fringe=.5, hat=.1, patterned=.5)
     chosen = {id(p): int(rng.integers(len(p))) for p in (SKINS, HAIRS, EYES, CLOTHES, WALLS)}
     colours = {"skin": pick(SKINS), "hair": pick(HAIRS), "iris": pick(EYES),
                "cloth": pick(CLOTHES), "wall": pick(WALLS)}
-    for name, palette in (("cloth2", CLOTHES), ("wall2", WALLS), ("frame", CLOTHES), ("hat", CLOTHES)):
+    for name, palette in (("cloth2", CLOTHES), ("wall2", WALLS), ("frame", CLOTHES),
+                          ("hat", CLOTHES)):
         chosen[id(palette)] = int(rng.integers(len(palette)))
         colours[name] = pick(palette)
     skin = colours["skin"]
@@ -198,13 +198,14 @@ class View:
         return (np.asarray(points, dtype=np.float64) * (1, -1) - self.corner) * self.zoom - .5
 
     def ellipsoid(self, centre, radii, samples=48):
-        """The outline of an ellipsoid on the head, counter-clockwise from the head's right. (N, samples, 2)."""
-        m = (self.turn * np.asarray(radii))[:, :2] * (self.zoom * np.array([[1], [-1]]))  # (N, 2, 3)
+        """The outline of an ellipsoid on the head, counter-clockwise from its right: (N, V, 2)."""
+        flip = np.array([[1], [-1]])
+        m = (self.turn * np.asarray(radii))[:, :2] * (self.zoom * flip)       # (N, 2, 3)
         values, vectors = np.linalg.eigh(m @ np.swapaxes(m, 1, 2))
-        root = (vectors * np.sqrt(values)[:, None]) @ np.swapaxes(vectors, 1, 2)          # (N, 2, 2)
+        root = (vectors * np.sqrt(values)[:, None]) @ np.swapaxes(vectors, 1, 2)    # (N, 2, 2)
         right = np.linalg.inv(root) @ m[:, :, 0, None]
         start = np.arctan2(right[:, 1, 0], right[:, 0, 0])[:, None]
-        angle = start - np.linspace(0, 2 * np.pi, samples, endpoint=False)                # (N, samples)
+        angle = start - np.linspace(0, 2 * np.pi, samples, endpoint=False)    # (N, V)
         circle = np.stack([np.cos(angle), np.sin(angle)], -1)
         return circle @ np.swapaxes(root, 1, 2) + self.pixels(np.asarray(centre)[None])
 

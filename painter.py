@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from faces import (BROWS, IRIS, NEUTRAL, SCALE, SKULL, SKULL_CENTRE, View, expressive_points, mix,
-                   on_skull, rgb, smooth)
+from faces import (IRIS, SCALE, SKULL, SKULL_CENTRE, View, expressive_points, mix, on_skull, rgb,
+                   smooth)
 
 
 class Painter:
-    """Draws one identity in N poses and expressions. `landmarks` (N, 70, 2) px of the small picture."""
+    """Draws one identity in N poses and expressions. `landmarks` (N, 70, 2): small picture's px."""
 
     def __init__(self, identity, pose, expression, shift, size=128, jitter=(0, 0, 1),
                  mask=False):
@@ -48,16 +48,18 @@ class Painter:
         if i.background == 1:
             slope = rng.uniform(-.6, .6) * size
             for x in np.arange(-size, 2 * size, step):
-                pen.polygon([x, 0, x + step * .45, 0, x + step * .45 + slope, size, x + slope, size], tone)
+                pen.polygon([x, 0, x + step * .45, 0, x + step * .45 + slope, size,
+                             x + slope, size], tone)
         elif i.background == 2:
             for row, y in enumerate(lines):
                 for x in lines + (step / 2 if row % 2 else 0):
-                    pen.ellipse([x - step * .22, y - step * .22, x + step * .22, y + step * .22], tone)
+                    pen.ellipse(_around((x, y), step * .22), tone)
         elif i.background == 3:
             x = np.linspace(0, size, 40)
             pen.ellipse(_around((size * rng.uniform(.1, .9), size * .22), size * .11), tone)
             for k, share in enumerate((.2, .45)):
-                y = size * (.55 + .17 * k) + size * .07 * np.sin(x / size * rng.uniform(4, 9) + 6 * rng.random())
+                wave = np.sin(x / size * rng.uniform(4, 9) + 6 * rng.random())
+                y = size * (.55 + .17 * k) + size * .07 * wave
                 pen.polygon([*np.stack([x, y], 1).ravel().tolist(), size, size, 0, size],
                             rgb(mix(low, i.colours["cloth2"], share)))
         elif i.background == 4:
@@ -74,19 +76,21 @@ class Painter:
         return image
 
     def _cloth(self):
-        """Shoulders and clothes, which do not move: (picture, mask, corner) cropped to what they cover."""
+        """Shoulders and clothes, which do not move: (picture, mask, corner), cropped."""
         i, size = self.identity, self.size * SCALE
         width, neck = 1.75 + .18 * i.shape["width"], .46 + .07 * i.shape["neck"]
-        side = smooth(np.array([(neck, -1.32), (neck + .2, -1.45), (width * .75, -1.62), (width, -1.95),
-                                (width + .12, -2.6), (width + .2, -9)]))
+        side = smooth(np.array([(neck, -1.32), (neck + .2, -1.45), (width * .75, -1.62),
+                                (width, -1.95), (width + .12, -2.6), (width + .2, -9)]))
         outline = self.view.still(np.concatenate([side * (-1, 1), side[::-1]])[:, :2])
-        dip = self.view.still(smooth(np.array([(-neck, -1.30), (-neck * .6, -1.58), (0, -1.66 - .13 * (i.collar == 1)),
+        low = -1.66 - .13 * (i.collar == 1)
+        dip = self.view.still(smooth(np.array([(-neck, -1.30), (-neck * .6, -1.58), (0, low),
                                                (neck * .6, -1.58), (neck, -1.30)])))
         mask = Image.new("L", (size, size))
         ImageDraw.Draw(mask).polygon(_flat(outline), 255)
         ImageDraw.Draw(mask).polygon(_flat(np.concatenate([dip, dip[::-1] - (0, size)])), 0)
         picture = Image.new("RGB", (size, size), rgb(i.colours["cloth"]))
-        pen, tone, step = ImageDraw.Draw(picture), rgb(mix(i.colours["cloth"], i.colours["cloth2"], .6)), size / 14
+        tone = rgb(mix(i.colours["cloth"], i.colours["cloth2"], .6))
+        pen, step = ImageDraw.Draw(picture), size / 14
         for k in range(15):
             if i.clothes == 1:
                 pen.rectangle([0, k * step, size, k * step + step * .45], tone)
@@ -113,8 +117,9 @@ class Painter:
         skull = v.ellipsoid(SKULL_CENTRE, SKULL * (1 + .05 * s["width"], 1, 1))
         jaw = smooth(p[:, :17])
         shapes = {"skull": skull, "jaw": jaw, "face": np.concatenate([jaw, skull[:, 2:23]], 1)}
-        ear = np.array([(1.0, .20, -.36), (1.1, .26, -.44), (1.17, .18, -.48), (1.16, 0, -.46), (1.1, -.16, -.42),
-                        (1.03, -.22, -.38), (.97, -.1, -.36)]) * (1 + .05 * s["width"], 1, 1)
+        ear = np.array([(1.0, .20, -.36), (1.1, .26, -.44), (1.17, .18, -.48), (1.16, 0, -.46),
+                        (1.1, -.16, -.42), (1.03, -.22, -.38), (.97, -.1, -.36)])
+        ear *= (1 + .05 * s["width"], 1, 1)
         ear[:, :2] = (1, .02) + (ear[:, :2] - (1, .02)) * (1 + .25 * s["ears"])
         for name, flip in (("left", -1), ("right", 1)):
             shapes["ear_" + name] = smooth(v.pixels(ear * (flip, 1, 1)), closed=True)
@@ -124,7 +129,8 @@ class Painter:
         shapes["lips"], shapes["inner"] = smooth(p[:, 48:60], closed=True), p[:, 60:68]
         shapes["nose"] = p[:, 27:36]
         for name, first, iris in (("left", 36, 68), ("right", 42, 69)):
-            shapes |= {f"{k}_{name}": x for k, x in self._eye(p[:, first:first + 6], p[:, iris], iris).items()}
+            eye = self._eye(p[:, first:first + 6], p[:, iris], iris)
+            shapes |= {f"{k}_{name}": x for k, x in eye.items()}
         for name, brow in (("left", slice(17, 22)), ("right", slice(22, 27))):
             shapes["brow_" + name] = self._brow(p[:, brow], 1 if name == "left" else -1)
         rng = np.random.default_rng(i.seed + 1)
@@ -137,12 +143,14 @@ class Painter:
         top = self.view.pixels(np.array([(-width, -.6, -.45), (width, -.6, -.45)]))
         low = np.repeat(self.view.still([(width, -1.75), (-width, -1.75)])[None], len(top), 0)
         chin = p[:, 5:12] + np.array([0, self.unit * .15])
-        return {"neck": np.concatenate([top, low], 1), "neck_shade": np.concatenate([top, chin[:, ::-1]], 1)}
+        return {"neck": np.concatenate([top, low], 1),
+                "neck_shade": np.concatenate([top, chin[:, ::-1]], 1)}
 
     def _hair(self, skull):
-        """Front hair follows a hairline on the skull and closes over its outline; back hair hangs behind."""
+        """Front hair follows a hairline on the skull up to its outline; back hair hangs behind."""
         i, v = self.identity, self.view
-        lift = {"bald": 1, "buzz": 1.025, "short": 1.07, "swept": 1.1, "afro": 1.1, "curly": 1.08}.get(i.hair, 1.07)
+        lifts = {"bald": 1, "buzz": 1.025, "swept": 1.1, "afro": 1.1, "curly": 1.08}
+        lift = lifts.get(i.hair, 1.07)
         lift += .02 * i.shape["volume"] if i.hair not in ("bald", "buzz") else 0
         if i.hat:
             lift = min(lift, 1.06)
@@ -158,21 +166,24 @@ class Painter:
         line = on_skull(u * .985, height)
         ends = np.array([(.99, .02, -.22)])
         line = v.pixels(np.concatenate([ends * (-1, 1, 1), line, ends]))
-        dome = v.ellipsoid(SKULL_CENTRE + (0, .02, -.02), SKULL * (lift * (1 + .05 * i.shape["width"]), lift, lift))
-        shapes = {"hair": np.concatenate([line, dome[:, 1:24]], 1), "gloss": dome[:, 7:18] * .93 + .07 * skull.mean(1, keepdims=True)}
+        dome = v.ellipsoid(SKULL_CENTRE + (0, .02, -.02),
+                           SKULL * (lift * (1 + .05 * i.shape["width"]), lift, lift))
+        shapes = {"hair": np.concatenate([line, dome[:, 1:24]], 1),
+                  "gloss": dome[:, 7:18] * .93 + .07 * skull.mean(1, keepdims=True)}
         long_ = {"bob": (1.16, -.75), "long": (1.18, -1.75)}.get(i.hair)
         if long_:
             x, y = long_
-            curtain = smooth(np.array([(-1.0, .6, -.4), (-x, 0, -.45), (-x - .04, y * .6, -.45), (-x + .04, y, -.4),
-                                       (-x + .4, y - .08, -.4), (x - .4, y - .08, -.4), (x - .04, y, -.4), (x + .04, y * .6, -.45),
-                                       (x, 0, -.45), (1.0, .6, -.4)]))
-            shapes["curtain"] = np.concatenate([v.pixels(curtain), dome[:, 1:24] * 1.0], 1)
+            half = np.array([(1.0, .6, -.4), (x, 0, -.45), (x + .04, y * .6, -.45),
+                             (x - .04, y, -.4), (x - .4, y - .08, -.4)])
+            curtain = smooth(np.concatenate([half * (-1, 1, 1), half[::-1]]))
+            shapes["curtain"] = np.concatenate([v.pixels(curtain), dome[:, 1:24]], 1)
         rng = np.random.default_rng(i.seed + 2)
         if i.hair in ("curly", "afro"):
-            n, far = (26, 1.12) if i.hair == "curly" else (34, 1.28)
-            angle = np.linspace(-.35 if i.hair == "curly" else -.25, np.pi + .3, n) + rng.normal(0, .04, n)
-            shapes["curls"] = v.pixels(np.stack([far * np.cos(angle) * .93, SKULL_CENTRE[1] + far * 1.03 * np.sin(angle),
-                                                 rng.uniform(-.5, -.2, n)], 1))
+            n, far, first = (26, 1.12, -.35) if i.hair == "curly" else (34, 1.28, -.25)
+            angle = np.linspace(first, np.pi + .3, n) + rng.normal(0, .04, n)
+            shapes["curls"] = v.pixels(np.stack([
+                far * np.cos(angle) * .93, SKULL_CENTRE[1] + far * 1.03 * np.sin(angle),
+                rng.uniform(-.5, -.2, n)], 1))
             self.curl = (.20 if i.hair == "curly" else .27) * rng.uniform(.85, 1.15, n) * self.unit
         elif i.hair == "bun":
             shapes["bun"] = v.ellipsoid((0, 1.42, -.42), (.36, .33, .36))
@@ -188,27 +199,33 @@ class Painter:
         shapes, a = {}, np.linspace(0, 2 * np.pi, 25)
         if i.glasses:
             corner = {1: 1, 2: .55, 3: .75}[i.glasses]
-            x, y = np.sign(np.cos(a)) * np.abs(np.cos(a)) ** corner, np.sign(np.sin(a)) * np.abs(np.sin(a)) ** corner
+            x, y = (np.sign(c) * np.abs(c) ** corner for c in (np.cos(a), np.sin(a)))
             tilt = .10 * (x + 1) * (y > 0) if i.glasses == 3 else 0
             ring = np.stack([.45 + .33 * x, .12 + .27 * y + tilt, .40 - .12 * x], 1)
-            shapes["glass_right"], shapes["glass_left"] = v.pixels(ring), v.pixels(ring * (-1, 1, 1))
-            shapes["bridge"] = v.pixels(np.array([(-.13, .15, .52), (0, .19, .56), (.13, .15, .52)]))
+            shapes["glass_right"] = v.pixels(ring)
+            shapes["glass_left"] = v.pixels(ring * (-1, 1, 1))
+            bridge = np.array([(-.13, .15, .52), (0, .19, .56), (.13, .15, .52)])
+            shapes["bridge"] = v.pixels(bridge)
             for name, flip in (("temple_left", -1), ("temple_right", 1)):
                 shapes[name] = v.pixels(np.array([(flip * .78, .16, .28), (flip * 1.03, .12, -.3)]))
         if i.hat:
             u = np.linspace(-1, 1, 13)
             band = on_skull(u * .99, .72 - .30 * np.abs(u) ** 3, 1.06)
-            top = v.ellipsoid(SKULL_CENTRE + (0, .04, -.03), SKULL * {"beanie": (1.1, 1.16, 1.1), "cap": (1.07, 1.1, 1.08),
-                                                                     "straw": (1.06, 1.18, 1.05)}[i.hat])
+            radii = {"beanie": (1.1, 1.16, 1.1), "cap": (1.07, 1.1, 1.08),
+                     "straw": (1.06, 1.18, 1.05)}
+            top = v.ellipsoid(SKULL_CENTRE + (0, .04, -.03), SKULL * radii[i.hat])
             shapes["hat"] = np.concatenate([v.pixels(band), top[:, 2:23]], 1)
             upper = v.pixels(band * (1, 1, 1) + (0, .24, -.03))
             shapes["hat_band"] = np.concatenate([v.pixels(band), upper[:, ::-1]], 1)
             if i.hat == "beanie":
                 shapes["pompom"] = v.pixels(np.array([(0, 1.58, -.35)]))
             else:
-                reach, wide, back = (.62, .82, .2) if i.hat == "cap" else (.75, 1.5, -1.2)
-                front = np.stack([wide * np.cos(a), .74 + .03 * np.cos(2 * a), back + reach * 1.6 * np.maximum(np.sin(a), -.0 if i.hat == "cap" else -1)], 1)
-                shapes["brim"] = v.pixels(front if i.hat == "cap" else front * (1, 1, .85) + (0, -.06, .95))
+                cap = i.hat == "cap"
+                reach, wide, back = (.62, .82, .2) if cap else (.75, 1.5, -1.2)
+                depth = back + reach * 1.6 * np.maximum(np.sin(a), 0 if cap else -1)
+                front = np.stack([wide * np.cos(a), .74 + .03 * np.cos(2 * a), depth], 1)
+                front = front if cap else front * (1, 1, .85) + (0, -.06, .95)
+                shapes["brim"] = v.pixels(front)
         if i.beard:
             shapes |= self._beard(p)
         return shapes
@@ -216,21 +233,23 @@ class Painter:
     def _beard(self, p):
         i = self.identity
         nose, lip = p[:, 33], p[:, 48:55]
-        moustache = np.concatenate([lip[:, :1] + (lip[:, :1] - lip[:, 3:4]) * .18, (lip[:, 1:6] * .45 + nose[:, None] * .55) * 1.0,
-                                    lip[:, 6:] + (lip[:, 6:] - lip[:, 3:4]) * .18, lip[:, 5:0:-1]], 1)
+        corner = lip + (lip - lip[:, 3:4]) * .18
+        moustache = np.concatenate([corner[:, :1], lip[:, 1:6] * .45 + nose[:, None] * .55,
+                                    corner[:, 6:], lip[:, 5:0:-1]], 1)
         if i.beard == 3:
             return {"moustache": moustache}
         first, last = (2, 15) if i.beard != 2 else (6, 11)
         centre = p[:, 57, None]
         outer = p[:, first:last] + (p[:, first:last] - centre) * (.035 if i.beard != 4 else 0)
         k = np.linspace(-1, 1, last - first)
-        depth = (.14 + .46 * (1 - k ** 2) ** .7 if i.beard != 2 else .42 + .3 * (1 - k ** 2))[:, None]
+        depth = .14 + .46 * (1 - k ** 2) ** .7 if i.beard != 2 else .42 + .3 * (1 - k ** 2)
+        depth = depth[:, None]
         inner = p[:, first:last] * (1 - depth) + p[:, 57, None] * depth
         shape = {"beard": np.concatenate([smooth(outer), smooth(inner)[:, ::-1]], 1)}
         return shape | ({"moustache": moustache} if i.beard == 1 else {})
 
     def _eye(self, lid, iris, index):
-        """Cubic lids through the six points; iris and pupil cut off by them. lid (N, 6, 2), iris (N, 2)."""
+        """Cubic lids through six points, iris cut off by them. lid (N, 6, 2), iris (N, 2)."""
         origin, axis = lid[:, :1], lid[:, 3:4] - lid[:, :1]
         length = np.sqrt((axis ** 2).sum(-1, keepdims=True))
         along = axis / length
@@ -244,7 +263,8 @@ class Painter:
 
         def cubic(i, j):
             """Height over the axis of the curve through corner, points i and j, corner."""
-            (x1, y1), (x2, y2) = (a[:, i, None] / length, b[:, i, None]), (a[:, j, None] / length, b[:, j, None])
+            x1, y1 = a[:, i, None] / length, b[:, i, None]
+            x2, y2 = a[:, j, None] / length, b[:, j, None]
             f1, f2 = y1 / (x1 * (1 - x1)), y2 / (x2 * (1 - x2))
             slope = (f2 - f1) / np.where(np.abs(x2 - x1) < 1e-6, 1, x2 - x1)
             return lambda x: (x := np.clip(x / length, 0, 1)) * (1 - x) * (f1 + slope * (x - x1))
@@ -265,7 +285,8 @@ class Painter:
         glint = np.array([-.035, .045]) * self.unit
         shapes["glint"] = world(x0 + glint[0], y0 + glint[1])
         tip = top[:, -4:] if index == 69 else top[:, 3::-1]
-        shapes["lash"] = np.concatenate([tip, tip[:, -1:] + (tip[:, -1:] - tip[:, :1]) * .28 + np.array([0, -.05 * self.unit])], 1)
+        flick = tip[:, -1:] + (tip[:, -1:] - tip[:, :1]) * .28 + np.array([0, -.05 * self.unit])
+        shapes["lash"] = np.concatenate([tip, flick], 1)
         return shapes
 
     def _brow(self, p, outer):
@@ -303,8 +324,11 @@ class Painter:
 
     def _line(self, name, colour, width):
         if name in self.shapes:
-            self.pen.line(_flat(self.shapes[name][self.n]), self.colours[colour],
-                          max(round(width * self.unit), 1), joint="curve")
+            self._stroke(self.shapes[name][self.n], colour, width)
+
+    def _stroke(self, points, colour, width):
+        self.pen.line(_flat(points), self.colours[colour], max(round(width * self.unit), 1),
+                      joint="curve")
 
     def _dots(self, name, colour, radius):
         if name in self.shapes:
@@ -350,18 +374,21 @@ class Painter:
             self.pen.polygon(_flat(np.concatenate([upper, lower[::-1]])), self.colours["mouth"])
             if gap > .12:
                 tongue = lower + (upper - lower) * .42
-                self.pen.polygon(_flat(np.concatenate([tongue, lower[::-1]])), self.colours["tongue"])
+                tongue = np.concatenate([tongue, lower[::-1]])
+                self.pen.polygon(_flat(tongue), self.colours["tongue"])
             teeth = upper + (lower - upper) * min(.85, .085 / gap)
             self.pen.polygon(_flat(np.concatenate([upper, teeth[::-1]])), self.colours["teeth"])
         else:
-            self.pen.line(_flat(inner[:5]), self.colours["lip_dark"], max(round(.028 * self.unit), 1), joint="curve")
+            self._stroke(inner[:5], "lip_dark", .028)
 
     def _nose(self):
         nose = self.shapes["nose"][self.n]
         far = nose[8] if self.identity.light < 0 else nose[4]
-        self.pen.polygon(_flat(np.stack([nose[1], nose[3], far, (nose[1] + far) / 2])), self.colours["nose"])
-        self.pen.line(_flat(smooth(nose[4:9])), self.colours["nose_dark"], max(round(.03 * self.unit), 1), joint="curve")
-        self.pen.ellipse(_around(nose[3] + (self.identity.light * .03 * self.unit, 0), self.unit * .045), self.colours["skin_high"])
+        side = np.stack([nose[1], nose[3], far, (nose[1] + far) / 2])
+        self.pen.polygon(_flat(side), self.colours["nose"])
+        self._stroke(smooth(nose[4:9]), "nose_dark", .03)
+        light = nose[3] + (self.identity.light * .03 * self.unit, 0)
+        self.pen.ellipse(_around(light, self.unit * .045), self.colours["skin_high"])
 
     def _one_eye(self, side):
         opening = self.expression[self.n, 7 if side == "left" else 8]
@@ -407,14 +434,19 @@ def _palette(identity):
     c, dark, white = identity.colours, (25, 12, 30), (255, 250, 240)
     skin, hair, hat = c["skin"], c["hair"], c["hat"]
     tones = {
-        "skin": skin, "skin_low": mix(skin, dark, .09), "skin_high": mix(skin, white, .10), "shade": mix(skin, dark, .2),
-        "neck": mix(skin, dark, .13), "blush": mix(skin, (235, 90, 90), .20), "freckle": mix(skin, (110, 55, 20), .45),
-        "crease": mix(skin, dark, .3), "nose": mix(skin, dark, .12), "nose_dark": mix(skin, dark, .32), "lid": mix(skin, dark, .16),
-        "hair": hair, "hair_dark": mix(hair, dark, .3), "hair_light": mix(hair, white, .16), "stubble": mix(hair, skin, .35),
+        "skin": skin, "skin_low": mix(skin, dark, .09), "skin_high": mix(skin, white, .10),
+        "shade": mix(skin, dark, .2), "neck": mix(skin, dark, .13), "lid": mix(skin, dark, .16),
+        "blush": mix(skin, (235, 90, 90), .20), "freckle": mix(skin, (110, 55, 20), .45),
+        "crease": mix(skin, dark, .3), "nose": mix(skin, dark, .12),
+        "nose_dark": mix(skin, dark, .32), "stubble": mix(hair, skin, .35),
+        "hair": hair, "hair_dark": mix(hair, dark, .3), "hair_light": mix(hair, white, .16),
         "brow": mix(hair, dark, .35), "beard": mix(hair, skin, .45 if identity.beard == 4 else .08),
-        "lip": c["lip"], "lip_dark": mix(c["lip"], dark, .5), "mouth": (70, 18, 28), "tongue": (214, 92, 96), "teeth": (250, 248, 240),
-        "white": (250, 250, 248), "iris": c["iris"], "pupil": (18, 14, 18), "glint": (255, 255, 255), "lash": mix(hair, (20, 10, 15), .8),
-        "frame": mix(c["frame"], dark, .35), "gold": (236, 190, 80), "mask": (150, 200, 215), "hat": hat, "hat_dark": mix(hat, dark, .3), "hat_light": mix(hat, white, .45),
+        "lip": c["lip"], "lip_dark": mix(c["lip"], dark, .5), "mouth": (70, 18, 28),
+        "tongue": (214, 92, 96), "teeth": (250, 248, 240), "white": (250, 250, 248),
+        "iris": c["iris"], "pupil": (18, 14, 18), "glint": (255, 255, 255),
+        "lash": mix(hair, (20, 10, 15), .8), "frame": mix(c["frame"], dark, .35),
+        "gold": (236, 190, 80), "mask": (150, 200, 215),
+        "hat": hat, "hat_dark": mix(hat, dark, .3), "hat_light": mix(hat, white, .45),
     }
     return {name: rgb(tone) for name, tone in tones.items()}
 

@@ -30,6 +30,7 @@ HELD_OUT = 1_000_000_000        # the first seed of the held-out range
 BLINKS_PER_MINUTE = 22
 DEFECTS = ("profile", "jitter", "mask", "silence", "two_faces", "shifted_sound")
 AT = {name: k for k, name in enumerate(EXPRESSION)}
+ANGLES = ("pitch", "yaw", "roll")
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Motion:
 
 @dataclass
 class ToyClip:
-    """A made clip. `landmarks` (N, 70, 2) px, `pose` (N, 3) fitted to them, `true_pose` the renderer's."""
+    """A made clip. `landmarks` (N, 70, 2) px, `pose` (N, 3) fitted to them, `true_pose` drawn."""
     identity: object
     motion: Motion
     speech: voices.Speech | None = None
@@ -99,7 +100,7 @@ class ToyClip:
 # ---- motion --------------------------------------------------------------------------------------
 
 def wander(rng, n, seconds, columns=1):
-    """Smooth random motion of unit spread that forgets itself in about `seconds`. -> (n, columns)."""
+    """Smooth motion of unit spread that forgets itself in about `seconds`. -> (n, columns)."""
     sigma = seconds * media.FPS
     reach = int(3 * sigma) + 1
     kernel = np.exp(-.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
@@ -194,7 +195,7 @@ def make_clip(seed, seconds, size=128, held_out=False, defect=None):
 
 
 def make_portraits(seed, count, size=128):
-    """Unrelated poses of one identity, for the VAE: (count, size, size, 3) uint8, (count, 70, 2)."""
+    """Unrelated poses of one identity, for the VAE: (count, H, W, 3) uint8, (count, 70, 2)."""
     who, moves = (np.random.default_rng((seed, k)) for k in (0, 3))
     clip = ToyClip(random_identity(who), random_poses(moves, count), size=size,
                    jitter=(*moves.uniform(-.03, .03, 2), moves.uniform(.92, 1.08)))
@@ -231,21 +232,38 @@ def _spoil(clip, rng):
 
 # attribute: (wordings to train on, wordings held out, {column of pose or expression: target})
 INSTRUCTIONS = {
-    "smile": (("please smile", "smile", "give me a smile"), ("show me a big smile",), {"smile": 1.0}),
-    "frown": (("look sad", "please look sad", "make a sad face"), ("show me a sad face",), {"smile": -.6, "brow": -.5}),
-    "open_mouth": (("open your mouth", "please open your mouth", "mouth open"), ("open the mouth wide",), {"jaw": .9}),
-    "close_eyes": (("close your eyes", "please close your eyes", "shut your eyes"), ("keep your eyes shut",), {"lid": 0.0}),
-    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up"), ("please raise your brows",), {"brow": 1.0}),
-    "turn_left": (("turn your head left", "turn left", "please turn to the left"), ("rotate your head to the left",), {"yaw": 20}),
-    "turn_right": (("turn your head right", "turn right", "please turn to the right"), ("rotate your head to the right",), {"yaw": -20}),
-    "look_up": (("lift your head", "head up", "please raise your head"), ("turn your head up",), {"pitch": 15}),
-    "look_down": (("lower your head", "head down", "please lower your head"), ("turn your head down",), {"pitch": -15}),
-    "tilt_left": (("tilt your head left", "please tilt your head to the left", "lean your head left"), ("tilt left",), {"roll": 15}),
-    "tilt_right": (("tilt your head right", "please tilt your head to the right", "lean your head right"), ("tilt right",), {"roll": -15}),
-    "glance_left": (("look left", "glance left", "please look to the left"), ("eyes to the left",), {"gaze_x": .95}),
-    "glance_right": (("look right", "glance right", "please look to the right"), ("eyes to the right",), {"gaze_x": -.95}),
-    "nod": (("nod", "please nod", "nod your head"), ("say yes with your head",), {"pitch": "wave"}),
-    "shake": (("shake your head", "please shake your head", "shake"), ("say no with your head",), {"yaw": "wave"}),
+    "smile": (("please smile", "smile", "give me a smile"),
+              ("show me a big smile",), {"smile": 1.0}),
+    "frown": (("look sad", "please look sad", "make a sad face"),
+              ("show me a sad face",), {"smile": -.6, "brow": -.5}),
+    "open_mouth": (("open your mouth", "please open your mouth", "mouth open"),
+                   ("open the mouth wide",), {"jaw": .9}),
+    "close_eyes": (("close your eyes", "please close your eyes", "shut your eyes"),
+                   ("keep your eyes shut",), {"lid": 0.0}),
+    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up"),
+                    ("please raise your brows",), {"brow": 1.0}),
+    "turn_left": (("turn your head left", "turn left", "please turn to the left"),
+                  ("rotate your head to the left",), {"yaw": 20}),
+    "turn_right": (("turn your head right", "turn right", "please turn to the right"),
+                   ("rotate your head to the right",), {"yaw": -20}),
+    "look_up": (("lift your head", "head up", "please raise your head"),
+                ("turn your head up",), {"pitch": 15}),
+    "look_down": (("lower your head", "head down", "please lower your head"),
+                  ("turn your head down",), {"pitch": -15}),
+    "tilt_left": (("tilt your head left", "please tilt your head to the left",
+                   "lean your head left"),
+                  ("tilt left",), {"roll": 15}),
+    "tilt_right": (("tilt your head right", "please tilt your head to the right",
+                    "lean your head right"),
+                   ("tilt right",), {"roll": -15}),
+    "glance_left": (("look left", "glance left", "please look to the left"),
+                    ("eyes to the left",), {"gaze_x": .95}),
+    "glance_right": (("look right", "glance right", "please look to the right"),
+                     ("eyes to the right",), {"gaze_x": -.95}),
+    "nod": (("nod", "please nod", "nod your head"),
+            ("say yes with your head",), {"pitch": "wave"}),
+    "shake": (("shake your head", "please shake your head", "shake"),
+              ("say no with your head",), {"yaw": "wave"}),
 }
 _CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}
 
@@ -256,9 +274,10 @@ def obey(motion, actions, start=.3):
     ease = np.clip(t / .5, 0, 1) ** 2 * (3 - 2 * np.clip(t / .5, 0, 1))          # smoothstep
     for action in actions:
         for name, target in INSTRUCTIONS[action][2].items():
-            tracks, columns = ((motion.pose, [("pitch", "yaw", "roll").index(name)])
-                               if name in ("pitch", "yaw", "roll") else
-                               (motion.expression, [k for c, k in AT.items() if c.startswith(name)]))
+            if name in ANGLES:
+                tracks, columns = motion.pose, [ANGLES.index(name)]
+            else:
+                tracks, columns = motion.expression, [AT[c] for c in AT if c.startswith(name)]
             goal = 12 * np.sin(2 * np.pi * 1.3 * t) if target == "wave" else target
             for k in columns:
                 tracks[:, k] += ease * (goal - tracks[:, k]) * .92
