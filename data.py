@@ -58,10 +58,13 @@ def in_parallel(make, items, workers, what):
 # ---- frames, for the VAE and the detector --------------------------------------------------------
 
 class Frames:
-    """Pairs of frames of one identity. `pictures` (I, F, H, W, 3) uint8, `landmarks` (I, F, 70, 2)."""
+    """Pairs of frames of one identity: for each, pictures (F, H, W, 3) uint8, points (F, 70, 2)."""
 
     def __init__(self, pictures, landmarks):
         self.pictures, self.landmarks = pictures, landmarks
+
+    def grow(self, step):
+        """Gain what the pool must hold before this step; clips at rest are all there."""
 
     def example(self, rng):
         """Frames i != j of one clip (sec. 4.2): reference, target, x_m (3, H, W), landmarks (70, 2)."""
@@ -73,19 +76,32 @@ class Frames:
                 "target": media.to_float(self.pictures[who][j]),
                 "x_m": media.to_float(x_m), "landmarks": torch.from_numpy(points)}
 
+    def close(self):
+        """End the processes that render, if any."""
+
 
 class ToyFrames(Frames):
-    """A pool of rendered identities, each in `frames` unrelated poses; about 3 ms a frame to make."""
+    """Rendered identities in `frames` unrelated poses each, made while training goes on."""
 
-    def __init__(self, seed=0, identities=3000, frames=8, size=128, workers=None):
+    def __init__(self, seed=0, identities=4000, frames=8, size=128, workers=None, per_step=.8):
         if seed < 0 or identities < 1 or frames < 2:
             raise media.UserError("rendered heads need --identities of at least 1, --frames of at "
                                   "least 2 and a seed that is not negative")
-        make = functools.partial(toy.make_portraits, count=frames, size=size)
-        seeds = [training_seed(seed, k) for k in range(identities)]
-        workers = default_workers() if workers is None else workers
-        made = in_parallel(make, seeds, workers, "heads")
-        super().__init__(np.stack([m[0] for m in made]), np.stack([m[1] for m in made]))
+        super().__init__([], [])
+        make = functools.partial(_portraits, seed=seed, frames=frames, size=size)
+        self.pool = GrowingPool(make, 400, per_step, identities, workers)
+
+    def grow(self, step):
+        for pictures, points in self.pool.grow(step):
+            self.pictures.append(pictures)
+            self.landmarks.append(points)
+
+    def close(self):
+        self.pool.close()
+
+
+def _portraits(k, seed, frames, size):
+    return toy.make_portraits(training_seed(seed, k), frames, size)
 
 
 class ClipFrames(Frames):
@@ -131,9 +147,10 @@ class GrowingPool:
     function of its number alone: a resumed run makes the same ones again.
     """
 
-    def __init__(self, make, first, per_step, limit, workers=1):
+    def __init__(self, make, first, per_step, limit, workers=None):
         self.make, self.first, self.per_step, self.limit = make, first, per_step, limit
-        self.made, self.workers, self.pool, self.waiting = 0, workers, None, []
+        self.workers = default_workers() if workers is None else workers
+        self.made, self.pool, self.waiting = 0, None, []
 
     def size(self, step):
         return int(min(self.limit, self.first + self.per_step * step))
@@ -143,7 +160,7 @@ class GrowingPool:
         want = self.size(step)
         if self.workers and self.pool is None and self.made < self.limit:
             self.pool = executor(self.workers)
-        while self.made < want:
+        for _ in tqdm(range(self.made, want), "rendering", leave=False, disable=want < self.made + 50):
             if self.workers:
                 self._order(want + ahead)
                 item = self.waiting.pop(0).result()

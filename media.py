@@ -48,7 +48,7 @@ def run(main, argv=None):
 
 def to_float(pictures):
     """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 tensor in [-1, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pictures)).float()
+    tensor = torch.tensor(np.asarray(pictures)).float()
     return tensor.movedim(-1, -3).contiguous() / 127.5 - 1
 
 

@@ -80,9 +80,8 @@ def pick_dtype(name, device):
 
 
 def _cpu_has_bf16():
-    return "amx_bf16" in str(torch.backends.cpu.get_cpu_capability()).lower() or \
-        getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() or \
-        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in
+               ("amx_tile", "avx512_bf16"))
 
 
 def autocast(device, dtype):
@@ -142,16 +141,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix, steps=5):
-    """Nearest semi-orthogonal matrix, roughly: Newton-Schulz in bf16. (rows, columns) -> same."""
+    """Nearest semi-orthogonal matrix, roughly: Newton-Schulz. (rows, columns) -> same.
+
+    Every iterate is p(G) X for a polynomial p of the small Gram matrix G = X X^T, so the steps
+    work on G alone and the wide X is multiplied twice in all.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315               # a quintic that pulls singular values to about 1
-    x = matrix.bfloat16() if matrix.dtype == torch.float32 else matrix
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
+    gram, p = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.T
+        now = p @ gram @ p                          # the Gram matrix of the current iterate p x
+        p = a * p + (b * now + c * now @ now) @ p
+    x = p @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
 def make_optimisers(model, kind, lr, betas=(.9, .99), muon_lr=2e-3):

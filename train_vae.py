@@ -1,0 +1,277 @@
+"""Trains the VAE (sec. 4.2): reconstruct frame j from the appearance of frame i and the motion of j.
+
+    python train_vae.py                                  the toy preset on rendered heads
+    python train_vae.py --data runs/toys --minutes 60    clips at rest
+    torchrun --nproc_per_node 8 train_vae.py --preset small --data footage
+
+The same command again goes on where it stopped. OUT gets last.pt (everything), vae.pt (the EMA in
+fp16), log.csv, curve.png and grid.png (portrait, landmark picture, result, truth of unseen heads).
+
+Departures from the paper: the `toy` preset has a recipe of its own (Muon, weighted regions);
+the adversary starts in the last quarter, its discriminator a little earlier.
+"""
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import media
+import toy
+import training
+import vae as models
+from landmarks import BROWS, EYE_LEFT, EYE_RIGHT, MOUTH, draw, region_box
+
+PAPER = {"optimiser": "adam", "lr": 4.5e-6, "betas": (.5, .9), "schedule": "constant", "batch": 8}
+RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
+                   "batch": 16}, "small": PAPER, "base": PAPER, "large": PAPER}
+# how much of the loss each region gets beside the whole picture's 1
+REGIONS = {"eye_left": (EYE_LEFT, .35), "eye_right": (EYE_RIGHT, .35), "mouth": (MOUTH, .4),
+           "brow_left": (slice(17, 22), .1), "brow_right": (slice(22, 27), .1)}
+ADVERSARY_AT, DISCRIMINATOR_AT = .75, .70       # shares of the budget
+ADVERSARY_WEIGHT = .3
+COLUMNS = ["loss", "l1", "perceptual", "kl", "adversary", "discriminator", "real", "fake",
+           "psnr", "lr", "wait"]
+
+
+def arguments(argv):
+    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    what = p.add_argument_group("what to train, and where")
+    what.add_argument("--preset", choices=models.PRESETS, default="toy", help="size of the model")
+    what.add_argument("--out", default="runs/vae", help="folder of the run; again: go on")
+    what.add_argument("--fresh", action="store_true", help="start over in OUT")
+    what.add_argument("--init", metavar="FILE", help="start from these weights (a vae.pt)")
+    pool = p.add_argument_group("data")
+    pool.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
+    pool.add_argument("--identities", type=int, default=4000, help="rendered heads")
+    pool.add_argument("--frames", type=int, default=8, help="pictures of each")
+    pool.add_argument("--workers", type=int, default=None, help="rendering processes")
+    pool.add_argument("--seed", type=int, default=0, help="of weights, data and draws")
+    run = p.add_argument_group("training")
+    run.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
+    run.add_argument("--minutes", type=float, help="budget in minutes, all parts together "
+                     "(default: 80)")
+    run.add_argument("--batch", type=int, help="pictures a step, over all processes")
+    run.add_argument("--accumulate", type=int, default=1, help="parts a batch is cut into")
+    run.add_argument("--lr", type=float, help="Adam's learning rate")
+    run.add_argument("--optimiser", choices=("muon", "adam"), help="default: the preset's")
+    run.add_argument("--adversary", choices=("nonsaturating", "literal", "hinge", "none"),
+                     default="nonsaturating", help="form of eq. 3 for the generator")
+    run.add_argument("--kl", type=float, default=1e-6, help="weight of the KL term")
+    run.add_argument("--lpips", metavar="FOLDER", help="where VGG16's and LPIPS's weights are")
+    run.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    run.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
+    args = p.parse_args(argv)
+    recipe = RECIPES[args.preset]
+    args.batch, args.lr = args.batch or recipe["batch"], args.lr or recipe["lr"]
+    args.optimiser = args.optimiser or recipe["optimiser"]
+    if not args.steps and not args.minutes:
+        args.minutes = 80.0
+    if args.batch < 1 or args.batch % args.accumulate or args.every < 1:
+        raise media.UserError("--batch must be above zero and divisible by --accumulate")
+    return args, recipe
+
+
+def region_weights(landmarks, size):
+    """The weight map of a batch. landmarks (B, 70, 2) -> (B, 1, size, size)."""
+    points = landmarks.cpu().numpy()
+    boxes = np.stack([region_box(points, region) for region, _ in REGIONS.values()], 1)
+    shares = torch.tensor([share for _, share in REGIONS.values()])
+    return models.weight_map(torch.from_numpy(boxes).to(landmarks.device), shares, size)
+
+
+def latent_noise(config, seed, step, first, count):
+    """One draw a picture, keyed by its global index: (B, latent, h, w) for z_a and z_m."""
+    def one(k, factor):
+        side = config.size // factor
+        key = training.generator(seed, step, first + k, factor)
+        return torch.randn(config.latent, side, side, generator=key)
+    return [torch.stack([one(k, f) for k in range(count)])
+            for f in (config.appearance_factor, config.motion_factor)]
+
+
+class Unseen:
+    """32 heads that training never meets: PSNR, and the picture that shows what it means."""
+
+    def __init__(self, size, count=32):
+        made = [toy.make_portraits(toy.HELD_OUT + 500_000 + k, 2, size) for k in range(count)]
+        pictures, points = np.stack([m[0] for m in made]), [m[1][1] for m in made]
+        self.reference, self.target = (media.to_float(pictures[:, k]) for k in (0, 1))
+        self.x_m = media.to_float(np.stack([draw(p, size) for p in points]))
+
+    @torch.no_grad()
+    def reconstruct(self, model, device):
+        parts = [model(a.to(device), m.to(device))[0].cpu()
+                 for a, m in zip(self.reference.split(8), self.x_m.split(8))]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def psnr(self, x_hat):
+        return float(np.mean([models.psnr(a, b) for a, b in zip(x_hat, self.target)]))
+
+    def grid(self, x_hat, count=16):
+        rows = torch.stack([self.reference, self.x_m, x_hat, self.target], 1)[:count]
+        return media.grid(media.to_uint8(rows.flatten(0, 1)), 8)
+
+
+def main(argv=None):
+    # ---- arguments, device, processes ----
+    args, recipe = arguments(argv)
+    processes = training.start_processes(args.device)
+    device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
+    out, last = Path(args.out), Path(args.out) / "last.pt"
+    config = models.PRESETS[args.preset]
+
+    # ---- model, EMA, optimisers ----
+    torch.manual_seed(args.seed)
+    model = models.VAE(config).to(device, memory_format=torch.channels_last)
+    judge = models.Discriminator(config.width // 2).to(device, memory_format=torch.channels_last)
+    lpips = models.find_lpips(args.lpips)
+    if args.lpips and lpips is None:
+        raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(models.LPIPS.FILES)} in it")
+    perceptual = lpips and lpips.to(device)
+    optimisers = training.make_optimisers(model, args.optimiser, args.lr, recipe["betas"])
+    judge_optimisers = training.make_optimisers(judge, "adam", args.lr / 2, (.5, .9))
+    step, spent, adversary_on = 0, 0.0, False
+
+    # ---- resume ----
+    if args.init:
+        held = training.load(args.init)
+        training.load_weights(model, {k: v.float() for k, v in held["weights"].items()}, args.init)
+    ema = training.Ema(model)
+    if last.exists() and not args.fresh:
+        held = training.load(last, device)
+        if held.get("preset") != args.preset:
+            raise media.UserError(f"{last}: a run of another preset; use --fresh or another --out")
+        training.load_weights(model, held["model"], last)
+        training.load_weights(judge, held["judge"], last)
+        training.load_optimisers(optimisers + judge_optimisers, held["optimisers"])
+        ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
+    budget = training.Budget(args.steps, None if args.steps else args.minutes, spent)
+    net, judge_net = (training.distribute(m, processes) for m in (model, judge))
+
+    # ---- data ----
+    dataset = data.ClipFrames(args.data, config.size) if args.data else \
+        data.ToyFrames(args.seed, args.identities, args.frames, config.size, args.workers)
+    share_of = (processes.rank, processes.world)
+    first_sample = args.batch * processes.rank // processes.world
+
+    def prepare(at):
+        dataset.grow(at)
+        drawn = data.batch(dataset, args.seed, at, args.batch, *share_of)
+        drawn["noise_a"], drawn["noise_m"] = latent_noise(config, args.seed, at, first_sample,
+                                                          len(drawn["target"]))
+        return drawn
+    ahead = training.Ahead(prepare, step)
+    unseen = Unseen(config.size) if processes.leads else None
+    log = training.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
+    shadow = models.VAE(config).to(device, memory_format=torch.channels_last).eval()
+
+    def report():
+        """Save, draw, and measure the EMA on unseen heads."""
+        state = {"preset": args.preset, "config": asdict(config), "model": model.state_dict(),
+                 "judge": judge.state_dict(), "ema": ema.weights, "step": step,
+                 "minutes": budget.spent(), "seed": args.seed,
+                 "optimisers": training.optimiser_states(optimisers + judge_optimisers)}
+        training.save(last, state)
+        training.save(out / "vae.pt", {"config": asdict(config), "weights": ema.half()})
+        shadow.load_state_dict(ema.weights)
+        x_hat = unseen.reconstruct(shadow, device)
+        media.write_image(out / "grid.png", unseen.grid(x_hat))
+        log.flush()
+        training.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6] + ["psnr"])
+        tqdm.write(f"step {step}: {budget.spent():.1f} min, PSNR on unseen heads "
+                   f"{unseen.psnr(x_hat):.2f} dB")
+
+    # ---- the loop ----
+    bar = tqdm(total=100, desc="VAE", disable=not processes.leads, miniters=1,
+               bar_format="{desc} {n:.1f}% |{bar}| {elapsed}<{remaining} {postfix}")
+    with training.Stop() as stop:
+        while True:
+            share, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
+            done = share >= 1 or stopping
+            turning = share >= ADVERSARY_AT and not adversary_on          # PSNR before and after
+            adversary_on = share >= ADVERSARY_AT
+            if processes.leads and (done or turning or (step and step % args.every == 0)):
+                report()
+            if done:
+                break
+            waited = time.monotonic()
+            drawn = {k: v.to(device) for k, v in ahead(step).items()}
+            waited = time.monotonic() - waited
+            factor = training.rate_factor(recipe["schedule"], step, share, args.warmup)
+            training.set_rate(optimisers + judge_optimisers, factor)
+            has_judge = args.adversary != "none" and share >= DISCRIMINATOR_AT
+            terms = {"lr": args.lr * factor, "wait": waited}
+
+            # 1) generator: E_A, E_M, D
+            for optimiser in optimisers:
+                optimiser.zero_grad(set_to_none=True)
+            fakes = []
+            judge.requires_grad_(False)
+            for k in range(args.accumulate):
+                part = {n: v.chunk(args.accumulate)[k] for n, v in drawn.items()}
+                weight = region_weights(part["landmarks"], config.size)
+                with training.autocast(device, dtype):
+                    x_hat, divergence = net(part["reference"], part["x_m"], part["noise_a"],
+                                            part["noise_m"])
+                target = part["target"]
+                pixel = models.l1(x_hat, target, weight)
+                felt = perceptual(x_hat, target).mean() if perceptual else \
+                    models.gradient_l1(x_hat, target, weight)
+                reconstruction = pixel + felt
+                loss = reconstruction + args.kl * divergence              # eq. 4
+                if has_judge and adversary_on:
+                    with training.autocast(device, dtype):
+                        fooled = models.generator_loss(judge(x_hat), args.adversary)
+                    balance = models.adaptive_weight(reconstruction, fooled, model.last_layer)
+                    loss = loss + ADVERSARY_WEIGHT * balance * fooled     # eq. 3 and 4
+                    terms["adversary"] = fooled.item()
+                (loss / args.accumulate).backward()
+                fakes.append(x_hat.detach())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                raise media.UserError(f"step {step}: the loss is not a number any more; {last} holds "
+                                      "the last good weights; lower --lr")
+            for optimiser in optimisers:
+                optimiser.step()
+            ema.update(model, step)
+
+            # 2) discriminator
+            if has_judge:
+                judge.requires_grad_(True)
+                judge_optimisers[0].zero_grad(set_to_none=True)
+                with training.autocast(device, dtype):
+                    both = judge_net(torch.cat([drawn["target"], *fakes]))
+                real, fake = both.chunk(2)
+                verdict = models.discriminator_loss(real, fake, args.adversary)
+                verdict.backward()
+                judge_optimisers[0].step()
+                terms |= {"discriminator": verdict.item(), "real": real.mean().item(),
+                          "fake": fake.mean().item()}
+
+            # once a step: log
+            step += 1
+            if processes.leads:
+                log.write(step=step - 1, minutes=budget.spent(), loss=loss.item(), l1=pixel.item(),
+                          perceptual=felt.item(), kl=divergence.item(),
+                          psnr=models.psnr(x_hat.detach(), target), **terms)
+                bar.set_postfix(step=step, loss=f"{loss.item():.3f}", refresh=False)
+                bar.update(100 * budget.share(step) - bar.n)
+    bar.close()
+    ahead.close()
+    dataset.close()
+    training.end_processes()
+    if processes.leads:
+        log.close()
+        print(out / "vae.pt")
+
+
+if __name__ == "__main__":
+    media.run(main)
