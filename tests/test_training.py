@@ -1,0 +1,174 @@
+"""What the loops share: Muon, EMA, schedules, budget, checkpoints, logs."""
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import media
+import training
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    """Newton-Schulz keeps the singular vectors and brings every singular value near 1."""
+    matrix = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    for m in (matrix, matrix.T):
+        values = torch.linalg.svdvals(training.orthogonalise(m).float())
+        assert values.min() > .5 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    turned = u.T @ training.orthogonalise(matrix).float() @ v.T
+    assert (turned - torch.diag(turned.diag())).abs().max() < .1
+
+
+def test_muon_takes_hidden_kernels_and_adam_the_rest():
+    """Kernels with at least 32 channels on both sides go to Muon; biases, small and named ones not."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 64, 3),
+                                torch.nn.Linear(64, 64))
+    model.not_hidden = ("2.",)
+    muon, adam = training.make_optimisers(model, "muon", 1e-3)
+    assert [p.shape for g in muon.param_groups for p in g["params"]] == [(64, 32, 3, 3)]
+    assert len(adam.param_groups[0]["params"]) == 5
+
+
+def test_muon_descends():
+    """Muon brings a quadratic down by ten times in sixty steps."""
+    torch.manual_seed(0)
+    layer, goal = torch.nn.Linear(40, 40, bias=False), torch.randn(40, 40) / 6
+    muon = training.Muon(layer.parameters(), lr=.05)
+    losses = []
+    for _ in range(60):
+        loss = ((layer.weight - goal) ** 2).sum()
+        muon.zero_grad()
+        loss.backward()
+        muon.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+
+
+def test_ema_is_the_running_average():
+    """weights <- d weights + (1 - d) new, with d growing to its limit as (1 + n) / (10 + n)."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = training.Ema(model, .9)
+    torch.nn.init.ones_(model.weight)
+    ema.update(model, 0)
+    assert ema.weights["weight"].item() == pytest.approx(.9)
+    ema.update(model, 10 ** 6)
+    assert ema.weights["weight"].item() == pytest.approx(.91)
+    assert ema.half()["weight"].dtype == torch.float16
+
+
+def test_schedules():
+    """Warm-up rises linearly; trapezoid falls to zero over the last third; 1e-4 falls as 1/sqrt."""
+    assert training.rate_factor("constant", 0, 0, 10) == pytest.approx(.1)
+    assert training.rate_factor("trapezoid", 99, .5, 10) == 1
+    assert training.rate_factor("trapezoid", 99, 5 / 6, 10) == pytest.approx(.5)
+    assert training.rate_factor("trapezoid", 99, 1, 10) == 0
+    assert training.rate_factor("inverse_sqrt", 399, 0, 100) == pytest.approx(.5)
+
+
+def test_budget_counts_steps_or_minutes():
+    """A budget is in steps or in minutes over all parts of a run, and never in both or neither."""
+    assert training.Budget(steps=10).share(5) == .5
+    assert training.Budget(minutes=2, spent=1).share(0) == pytest.approx(.5, abs=.01)
+    for wrong in ({}, {"steps": 1, "minutes": 1}, {"steps": -1}):
+        with pytest.raises(media.UserError):
+            training.Budget(**wrong)
+
+
+def test_keyed_generators():
+    """The same key draws the same, another key something else."""
+    draw = [torch.randn(4, generator=training.generator(*key)) for key in [(1, 2), (1, 2), (2, 1)]]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+
+
+def test_a_signal_asks_to_stop_and_handlers_come_back():
+    """SIGTERM inside `with Stop()` sets the flag; outside the old handler is back."""
+    before = signal.getsignal(signal.SIGTERM)
+    with training.Stop() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(.05)
+        assert stop
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ahead_keeps_the_order():
+    """Values come in the order of their steps, though they are made in advance."""
+    ahead = training.Ahead(lambda step: step * step, 3)
+    assert [ahead(k) for k in range(3, 9)] == [k * k for k in range(3, 9)]
+    ahead.close()
+
+
+class Harmful:
+    """Pickles as a call that would make a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_checkpoints_hold_plain_types_and_run_nothing(tmp_path, monkeypatch):
+    """A checkpoint comes back as it was; a cut one, a foreign one and one with code are refused."""
+    path = tmp_path / "a.pt"
+    training.save(path, {"step": 3, "weights": {"w": torch.ones(2)}})
+    assert training.load(path)["step"] == 3
+    whole = path.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save(Harmful(), tmp_path / "harmful.pt")
+    monkeypatch.chdir(tmp_path)
+    for name in ("cut.pt", "text.pt", "harmful.pt", "none.pt"):
+        with pytest.raises(media.UserError, match=name):
+            training.load(tmp_path / name)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    """When the disk fills while saving, the old checkpoint is still there, and nothing beside it."""
+    path = tmp_path / "a.pt"
+    training.save(path, {"step": 1})
+
+    def full(state, target):
+        target.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(media.UserError, match="a.pt"):
+        training.save(path, {"step": 2})
+    monkeypatch.undo()
+    assert training.load(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    """Weights of another shape end in one error that names the file."""
+    with pytest.raises(media.UserError, match="x.pt"):
+        training.load_weights(torch.nn.Linear(2, 2), {"weight": torch.ones(3, 3)}, "x.pt")
+
+
+def test_a_resumed_log_drops_the_rows_after_its_checkpoint(tmp_path):
+    """Rows from the step of the checkpoint on are written again, not twice."""
+    path = tmp_path / "log.csv"
+    log = training.Log(path, ["loss"])
+    for step in range(5):
+        log.write(step=step, minutes=0.0, loss=1.0 / (step + 1))
+    log.close()
+    log = training.Log(path, ["loss"], step=3)
+    log.write(step=3, minutes=0.0, loss=9.0)
+    log.close()
+    assert [r["step"] for r in training.read_log(path)] == [0, 1, 2, 3]
+    assert training.read_log(path)[-1]["loss"] == 9
+
+
+def test_curves_are_drawn_where_the_values_are(tmp_path):
+    """A falling loss is a coloured line from the upper left to the lower right of its chart."""
+    path = tmp_path / "log.csv"
+    log = training.Log(path, ["loss"])
+    for step in range(100):
+        log.write(step=step, minutes=0.0, loss=2.0 - step / 100)
+    log.close()
+    training.draw_curves(path, tmp_path / "curve.png", ["loss"])
+    picture = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB")).astype(int)
+    rows, columns = np.nonzero(np.abs(picture - (0xd1, 0x49, 0x5b)).sum(-1) < 30)
+    assert len(rows) > 100 and np.corrcoef(rows, columns)[0, 1] > .95
