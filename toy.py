@@ -14,10 +14,14 @@ Nothing here is in the paper: it trained on 1,169 hours of real faces.
 """
 from __future__ import annotations
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from tqdm import tqdm
 
 import media
 import voices
@@ -308,6 +312,33 @@ def actions_of(text):
             raise media.UserError(f"--instruct {text!r}: no head knows {part!r}; try one of: "
                                   + "; ".join(train[0] for train, _, _ in INSTRUCTIONS.values()))
     return [known[part] for part in parts]
+
+
+# ---- many at once --------------------------------------------------------------------------------
+
+def training_seed(seed, k):
+    """The seed of item k of a run: runs with other seeds see other heads, none held out."""
+    return int(np.random.SeedSequence((seed, k)).generate_state(1)[0]) % HELD_OUT
+
+
+def default_workers():
+    """One process a core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def executor(workers):
+    """Worker processes that start clean (forking a process with torch threads can hang)."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def in_parallel(make, items, workers, what):
+    """[make(item) for item in items] over processes, with a bar; in this process for workers=0."""
+    if workers == 0:
+        return [make(item) for item in tqdm(items, what, leave=False)]
+    workers = workers or default_workers()
+    with executor(workers) as pool:
+        chunks = max(1, min(8, len(items) // (4 * workers)))
+        return list(tqdm(pool.map(make, items, chunksize=chunks), what, len(items), leave=False))
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -1,0 +1,388 @@
+"""Finds the 70 points in a picture (the "external tool" of sec. 4.2).
+
+A small network that is trained on Toy Heads, and mediapipe's face mesh where it is installed:
+
+    python detector.py                      ten minutes on rendered heads, to runs/detector
+    python detector.py --steps 2000 --out runs/other
+
+The network looks at 128x128 pixels and draws one heat map a point at a quarter of that size; the
+point is the heat's mean place (soft-argmax) plus a small offset read there. It also says how sure
+it is that there is a drawn face at all. The same command again goes on where it stopped. OUT gets
+last.pt (everything), detector.pt (the EMA in fp16), log.csv, curve.png and grid.png (found points).
+
+Letters: B batch, K = 70 points, C channels. Departures from the paper: it does not say what its
+tool is; ours knows drawings only, since no photograph is in its training.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from tqdm import tqdm
+
+import media
+import toy
+import training
+from detector_pictures import make_batch, pool_item
+from landmarks import POINTS, crop_box, point_error
+
+SURE = .5                       # a picture whose confidence is above this holds a drawn face
+SHIPPED = Path(__file__).parent / "checkpoints" / "toy" / "detector.pt"
+LARGEST = 2048                  # longer sides are shrunk by a whole factor before looking
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    size: int = 128
+    widths: tuple = (64, 96, 128)       # channels at 32, 16 and 8 pixels
+    blocks: tuple = (1, 2, 2)           # residual blocks there, on the way down and on the way up
+
+
+class Block(nn.Module):
+    """SiLU, conv, one LayerNorm over channels, SiLU, zero-initialised conv, skip."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.LayerNorm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(x))                                            # (B, C, h, w)
+        h = self.norm(h.movedim(1, -1)).movedim(-1, 1)
+        return x + self.conv2(F.silu(h))
+
+
+class Detector(nn.Module):
+    """(B, 3, 128, 128) in [-1, 1] -> points (B, 70, 2) in its pixels, confidence logit (B,)."""
+
+    not_hidden = ("heat", "offset", "sure")             # Muon is for the kernels in between
+
+    def __init__(self, config=DetectorConfig()):
+        super().__init__()
+        self.config = config
+        widths, cells = config.widths, config.size // 4
+
+        def stack(level):
+            return nn.Sequential(*(Block(widths[level]) for _ in range(config.blocks[level])))
+        levels = range(len(widths))
+        self.door = nn.Conv2d(48, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(stack(k) for k in levels)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
+                                    for a, b in zip(widths, widths[1:]))
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(stack(k) for k in levels[:-1])
+        self.heat = nn.Conv2d(widths[0], POINTS, 1)
+        self.temperature = nn.Parameter(torch.zeros(POINTS, 1))              # log of its inverse
+        self.offset = nn.Parameter(torch.zeros(POINTS, 2, widths[0]))
+        self.sure = nn.Linear(2 * widths[-1], 1)
+        centres = 4 * torch.arange(cells) + 1.5                              # px of the input
+        grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).flatten(0, 1)
+        self.register_buffer("grid", grid, persistent=False)                 # (cells^2, 2)
+
+    def forward(self, pictures, with_heat=False):
+        x, skips = self.door(F.pixel_unshuffle(pictures, 4)), []             # (B, C, 32, 32)
+        for blocks, shrink in zip(self.down, [*self.shrink, None]):
+            x = blocks(x)
+            skips.append(x)
+            x = shrink(x) if shrink else x                                   # ... (B, C, 8, 8)
+        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+        sure = self.sure(pooled).float()[:, 0]                               # (B,)
+        for k in reversed(range(len(self.up))):
+            x = F.interpolate(self.grow[k](x), scale_factor=2.0) + skips[k]
+            x = self.up[k](x)
+        x = F.silu(x)
+        heat = self.heat(x).float().flatten(2) * self.temperature.exp()      # (B, K, 32 * 32)
+        with torch.autocast(x.device.type, enabled=False):
+            share = heat.softmax(-1)
+            local = share @ x.float().flatten(2).transpose(1, 2)             # (B, K, C)
+            points = share @ self.grid + torch.einsum("bkc,kdc->bkd", local, self.offset)
+        return (points, sure, heat) if with_heat else (points, sure)
+
+
+def load(path=SHIPPED, device="cpu"):
+    """The detector of a checkpoint, ready to look."""
+    held = training.load(path)
+    try:
+        model = Detector(DetectorConfig(**held["config"]))
+        weights = {k: v.float() for k, v in held["weights"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise media.UserError(f"{path}: not a detector; make one with `python detector.py`"
+                              ) from error
+    return training.load_weights(model, weights, path).to(device).eval()
+
+
+# ---- looking -------------------------------------------------------------------------------------
+
+def cut(picture, box, size):
+    """The square `box` (x0, y0, side) of a picture, resampled; outside it the edge goes on.
+
+    Pixel q of the result lies at x0 + (q + 1/2) side / size. (H, W, 3) -> (size, size, 3) uint8.
+    """
+    x0, y0, side = box
+    height, width = picture.shape[:2]
+    low = np.floor([x0, y0]).astype(int) - 1                    # a little more than the square
+    high = np.ceil([x0 + side, y0 + side]).astype(int) + 2
+    rows = np.clip(np.arange(low[1], high[1]), 0, height - 1)
+    columns = np.clip(np.arange(low[0], high[0]), 0, width - 1)
+    region = Image.fromarray(picture[rows][:, columns])
+    left, top = x0 + .5 - low[0], y0 + .5 - low[1]
+    method = Image.Resampling.BICUBIC
+    return np.asarray(region.resize((size, size), method, (left, top, left + side, top + side)))
+
+
+def whole(picture):
+    """The smallest square around a picture, as a box."""
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    return (width - side) / 2 - .5, (height - side) / 2 - .5, float(side)
+
+
+@torch.no_grad()
+def look(model, pictures):
+    """One look. (n, 128, 128, 3) uint8 -> points (n, 70, 2) px float32, confidence (n,) in 0..1."""
+    device = next(model.parameters()).device
+    points, sure = [], []
+    for part in np.array_split(pictures, max(1, -(-len(pictures) // 64))):
+        p, s = model(media.to_float(part).to(device))
+        points.append(p.float().cpu())
+        sure.append(s.sigmoid().cpu())
+    return torch.cat(points).numpy(), torch.cat(sure).numpy()
+
+
+def find_in_crops(model, frames):
+    """Points of frames that are framed already. (n, 128, 128, 3) uint8, or float in [-1, 1]
+    as (n, 3, 128, 128) -> (n, 70, 2) px."""
+    frames = media.to_uint8(frames) if torch.is_tensor(frames) else np.asarray(frames)
+    return look(model, frames)[0]
+
+
+def find(model, picture, looks=3):
+    """Points (70, 2) in the picture's pixels, and how sure, 0..1. picture (H, W, 3) uint8.
+
+    First the whole picture, then the crop that the answer before gives; the last look counts.
+    One face is found; of several, whichever the first look leans to (mostly the largest).
+    """
+    factor = -(-max(picture.shape[:2]) // LARGEST)
+    if factor > 1:
+        picture = np.asarray(Image.fromarray(picture).reduce(factor))
+    box = whole(picture)
+    limit = box[2]
+    for _ in range(looks):
+        points, sure = look(model, cut(picture, box, 128)[None])
+        points = points[0].astype(np.float64) + .5
+        points = np.array(box[:2]) + points * box[2] / 128       # px of the (shrunken) picture
+        x, y, side = crop_box(points)
+        kept = float(np.clip(side, 8, 2 * limit))
+        box = x + (side - kept) / 2, y + (side - kept) / 2, kept
+    points = (points + .5) * factor - .5
+    return points.astype(np.float32), float(sure[0])
+
+
+# The index in mediapipe's face mesh (refined, 478 points) of each of the 70. Its jaw is the oval of
+# the face as seen, so these 17 slide along the cheek when the head turns, where ours stay on the
+# skull; they were chosen to lie at the same shares of the jaw's length as the mean face's.
+MEDIAPIPE_70 = (
+    127, 93, 132, 58, 172, 136, 149, 176, 152, 400, 378, 365, 397, 288, 361, 323, 356,
+    70, 63, 105, 66, 107, 336, 296, 334, 293, 300, 168, 197, 195, 4, 98, 97, 2, 326, 327,
+    33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,
+    61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181,
+    78, 82, 13, 312, 308, 317, 14, 87, 468, 473)
+
+
+def mediapipe_points(picture):
+    """The points of the largest face, (70, 2) px, or None. ImportError where not installed."""
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    from mediapipe.python.solutions.face_mesh import FaceMesh
+    factor = -(-max(picture.shape[:2]) // LARGEST)
+    small = np.asarray(Image.fromarray(picture).reduce(factor))
+    with FaceMesh(static_image_mode=True, max_num_faces=4, refine_landmarks=True) as mesh:
+        faces = mesh.process(np.ascontiguousarray(small)).multi_face_landmarks
+    if not faces:
+        return None
+    found = [np.array([(p.x, p.y) for p in face.landmark])[list(MEDIAPIPE_70)] for face in faces]
+    points = max(found, key=lambda p: np.ptp(p, axis=0).prod()) * small.shape[1::-1]
+    return (points * factor - .5).astype(np.float32)
+
+
+def locate(picture, name, detector="auto", model=None):
+    """The 70 points of a user's picture: ours if it is sure, else mediapipe's.
+
+    -> points (70, 2) px, and a note for the user or None. UserError where no face is found;
+    `name` is what to call the picture. detector: "auto", "toy" (ours alone) or "mediapipe".
+    """
+    sure, missing, points = 0.0, False, None
+    if detector != "mediapipe":
+        points, sure = find(model or load(), picture)
+        if sure >= SURE:
+            return points, None
+    if detector != "toy":
+        try:
+            points = mediapipe_points(picture)
+            if points is not None:
+                return points, ("found with mediapipe; these weights were trained on drawings, "
+                                "not photographs")
+        except ImportError:
+            missing = True
+    seen = f"{name}: no face found ({picture.shape[1]}x{picture.shape[0]} pixels"
+    seen += f"; our detector, which knows drawings, is {100 * sure:.0f} % sure)" \
+        if detector != "mediapipe" else ")"
+    advice = "for photographs `pip install -r requirements-real.txt`" if missing else \
+        "try --detector auto" if detector == "toy" else "try a picture with one large frontal face"
+    raise media.UserError(f"{seen}; {advice}")
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+COLUMNS = ["loss", "px", "heat", "sure", "unseen", "lr"]
+
+
+def loss_terms(model, pictures, points, counts, face):
+    """Distance of the points that count (px), spread of the heat, and confidence, as tensors."""
+    found, sure, heat = model(pictures, with_heat=True)
+    n = counts.sum().clamp(min=1)
+    px = (F.smooth_l1_loss(found, points, reduction="none").sum(-1) * counts).sum() / n
+    square = ((points[:, :, None] - model.grid) ** 2).sum(-1)                # (B, K, cells^2)
+    target = (-square / (2 * 5.0 ** 2)).softmax(-1)             # a spot of 5 px around the truth
+    spot = (-(target * heat.log_softmax(-1)).sum(-1) * counts).sum() / n
+    known = face >= 0
+    certain = F.binary_cross_entropy_with_logits(sure[known], face[known])
+    return px, spot, certain
+
+
+def held_out_frames(clips=64, frames=4, seconds=4.0):
+    """Frames of the frozen held-out heads, framed as sample.py frames: pictures and points."""
+    pictures, points = [], []
+    for k in tqdm(range(clips), "held-out heads", leave=False):
+        clip = toy.make_clip(k, seconds, held_out=True)
+        shown = np.linspace(0, len(clip) - 1, frames).astype(int)
+        pictures.append(clip.frames(shown))
+        points.append(clip.landmarks[shown])
+    return np.concatenate(pictures), np.concatenate(points)
+
+
+def drawn_points(pictures, points):
+    """Pictures with a dot at every point found."""
+    sheets = []
+    for picture, p in zip(pictures, points):
+        image = Image.fromarray(picture).resize((256, 256), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(image)
+        for x, y in (p * 2 + .5).tolist():
+            pen.ellipse([x - 1.5, y - 1.5, x + 1.5, y + 1.5], "#00ff60", "#003010")
+        sheets.append(np.asarray(image))
+    return media.grid(np.stack(sheets), 4)
+
+
+def arguments(argv):
+    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--out", default="runs/detector", help="folder of the run; again: go on")
+    p.add_argument("--fresh", action="store_true", help="start over in OUT")
+    p.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
+    p.add_argument("--minutes", type=float, help="budget in minutes (default: 10)")
+    p.add_argument("--seed", type=int, default=0, help="of weights, heads and draws")
+    p.add_argument("--identities", type=int, default=3000, help="rendered heads, six pictures each")
+    p.add_argument("--workers", type=int, default=None, help="rendering processes")
+    p.add_argument("--batch", type=int, default=64, help="pictures a step")
+    p.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    p.add_argument("--every", type=int, default=200, help="steps between checkpoints and grids")
+    args = p.parse_args(argv)
+    if args.batch < 4 or args.identities < 1 or args.every < 1 or args.seed < 0:
+        raise media.UserError("detector.py wants --batch of at least 4, --identities and --every "
+                              "of at least 1, and a --seed that is not negative")
+    if not args.steps and args.minutes is None:
+        args.minutes = 10.0
+    return args
+
+
+def main(argv=None):
+    # ---- arguments, model, EMA, optimisers ----
+    args = arguments(argv)
+    device = training.pick_device(args.device)
+    dtype, out = training.pick_dtype(args.dtype, device), Path(args.out)
+    last, shipped = out / "last.pt", out / "detector.pt"
+    torch.manual_seed(args.seed)
+    model = Detector().to(device, memory_format=torch.channels_last)
+    optimisers = training.make_optimisers(model, "muon", args.lr)
+    ema, step, spent = training.Ema(model), 0, 0.0
+
+    # ---- resume ----
+    if last.exists() and not args.fresh:
+        held = training.load(last, device)
+        training.load_weights(model, held["model"], last)
+        training.load_optimisers(optimisers, held["optimisers"])
+        ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
+
+    # ---- data ----
+    seeds = [toy.training_seed(args.seed, k) for k in range(args.identities)]
+    pool = toy.in_parallel(pool_item, seeds, args.workers, "heads")
+    unseen, truth = held_out_frames()
+    ahead = training.Ahead(lambda at: make_batch(pool, args.seed, at, args.batch), step)
+    budget = training.Budget(args.steps, args.minutes, spent)
+    log = training.Log(out / "log.csv", COLUMNS, step)
+    shadow = Detector().to(device, memory_format=torch.channels_last).eval()
+
+    def report():
+        """Save, draw, and measure the EMA on the held-out heads."""
+        state = {"config": asdict(model.config), "model": model.state_dict(), "ema": ema.weights,
+                 "optimisers": training.optimiser_states(optimisers), "step": step,
+                 "minutes": budget.spent(), "seed": args.seed}
+        training.save(last, state)
+        training.save(shipped, {"config": asdict(model.config), "weights": ema.half()})
+        shadow.load_state_dict(ema.weights)
+        found, sure = look(shadow, unseen)
+        media.write_image(out / "grid.png", drawn_points(unseen[::16], found[::16]))
+        log.flush()
+        training.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:-1])
+        return float(point_error(found, truth).mean()), float((sure > SURE).mean())
+
+    # ---- the loop ----
+    bar = tqdm(total=100, desc="detector", bar_format="{desc} {n:.1f}% |{bar}| {elapsed} {postfix}")
+    with training.Stop() as stop, contextlib.closing(log), contextlib.closing(ahead):
+        while (share := budget.share(step)) < 1 and not stop:
+            terms = {}
+            if step and step % args.every == 0:
+                terms["unseen"] = report()[0]
+                tqdm.write(f"step {step}: {terms['unseen']:.2f} px on held-out heads")
+            drawn = [x.to(device) for x in ahead(step)]
+            drawn[0] = drawn[0].contiguous(memory_format=torch.channels_last)
+            terms["lr"] = training.rate_factor("trapezoid", step, share, 100)
+            training.set_rate(optimisers, terms["lr"])
+            with training.autocast(device, dtype):
+                px, heat, sure = loss_terms(model, *drawn)
+            loss = px + .3 * heat + sure
+            for optimiser in optimisers:
+                optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            if not torch.isfinite(norm):
+                raise media.UserError(f"step {step}: the loss is not a number any more; {last} "
+                                      "holds the last good weights; lower --lr")
+            for optimiser in optimisers:
+                optimiser.step()
+            ema.update(model, step)
+            log.write(step=step, minutes=budget.spent(), loss=loss.item(), px=px.item(),
+                      heat=heat.item(), sure=sure.item(), **terms)
+            step += 1
+            bar.n = round(100 * budget.share(step), 1)
+            bar.set_postfix_str(f"step {step}, {px.item():.2f} px")
+        bar.close()
+        error, certain = report()
+    print(f"detector_px {error:.3f}   sure of {100 * certain:.0f} % of held-out heads   "
+          f"{step} steps, {budget.spent():.1f} min   {shipped}")
+
+
+if __name__ == "__main__":
+    media.run(main)
