@@ -43,8 +43,8 @@ LARGEST = 2048                  # longer sides are shrunk by a whole factor befo
 @dataclass(frozen=True)
 class DetectorConfig:
     size: int = 128
-    widths: tuple = (64, 96, 128)       # channels at 32, 16 and 8 pixels
-    blocks: tuple = (1, 2, 2)           # residual blocks there, on the way down and on the way up
+    widths: tuple = (48, 96, 128)       # channels at 32, 16 and 8 pixels
+    blocks: tuple = (1, 1, 2)           # residual blocks there, on the way down and on the way up
 
 
 class Block(nn.Module):
@@ -293,11 +293,11 @@ def arguments(argv):
     p.add_argument("--seed", type=int, default=0, help="of weights, heads and draws")
     p.add_argument("--identities", type=int, default=3000, help="rendered heads, six pictures each")
     p.add_argument("--workers", type=int, default=None, help="rendering processes")
-    p.add_argument("--batch", type=int, default=64, help="pictures a step")
+    p.add_argument("--batch", type=int, default=16, help="pictures a step")
     p.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    p.add_argument("--every", type=int, default=200, help="steps between checkpoints and grids")
+    p.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
     args = p.parse_args(argv)
     if args.batch < 4 or args.identities < 1 or args.every < 1 or args.seed < 0:
         raise media.UserError("detector.py wants --batch of at least 4, --identities and --every "
