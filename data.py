@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,32 +24,14 @@ import media
 import toy
 import voices
 from landmarks import draw
+from toy import default_workers, executor, in_parallel, training_seed
 
 
 def batch(dataset, seed, step, batch_size, rank=0, world=1):
-    """Examples of one step on one process, stacked: sample k of a step depends on (seed, step, k) alone."""
+    """Examples of a step on one process, stacked: sample k depends on (seed, step, k) alone."""
     share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
     examples = [dataset.example(np.random.default_rng((seed, step, k))) for k in share]
     return {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
-
-
-def default_workers():
-    """One process a core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def executor(workers):
-    """Worker processes that start clean (forking a process with torch threads can hang)."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def in_parallel(make, items, workers, what):
-    """[make(item) for item in items] over processes, with a bar; in this process for workers=0."""
-    if workers == 0:
-        return [make(item) for item in tqdm(items, what, leave=False)]
-    with executor(workers) as pool:
-        chunks = max(1, min(8, len(items) // (4 * workers)))
-        return list(tqdm(pool.map(make, items, chunksize=chunks), what, len(items), leave=False))
 
 
 # ---- frames, for the VAE and the detector --------------------------------------------------------
@@ -67,7 +46,7 @@ class Frames:
         """Gain what the pool must hold before this step; clips at rest are all there."""
 
     def example(self, rng):
-        """Frames i != j of one clip (sec. 4.2): reference, target, x_m (3, H, W), landmarks (70, 2)."""
+        """Frames i != j of a clip (sec. 4.2): reference, target, x_m (3, H, W), points (70, 2)."""
         who = rng.integers(len(self.pictures))
         i, j = rng.choice(len(self.pictures[who]), 2, replace=False)
         points = self.landmarks[who][j]
@@ -119,25 +98,22 @@ class ClipFrames(Frames):
             pictures.append(np.stack(frames))
             points.append(held["landmarks"][shown[:len(frames)]])
             if frames[0].shape[:2] != (size, size):
-                raise media.UserError(f"{path}: frames are {frames[0].shape[1]}x{frames[0].shape[0]} and "
-                                      f"the preset wants {size}x{size}; prepare the clips at that size")
+                found = f"{frames[0].shape[1]}x{frames[0].shape[0]}"
+                raise media.UserError(f"{path}: frames are {found} and the preset wants "
+                                      f"{size}x{size}; prepare the clips at that size")
         super().__init__(pictures, points)
-
-
-def training_seed(seed, k):
-    """The toy seed of item k of a run: runs with other seeds see other heads, none held out."""
-    return int(np.random.SeedSequence((seed, k)).generate_state(1)[0]) % toy.HELD_OUT
 
 
 # ---- motion, for the diffusion model -------------------------------------------------------------
 
-def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True):
-    """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, 320), as float32 arrays."""
+def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weights=None):
+    """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, d_s), as float32 arrays."""
     clip = toy.make_clip(training_seed(seed, k), seconds, size)
     sound = clip.sound
     if augment:
         sound = voices.augment(sound, np.random.default_rng((seed, k, 9)))
-    return {"landmarks": clip.landmarks, "pose": clip.pose, "speech": audio.log_mel(sound).numpy()}
+    return {"landmarks": clip.landmarks, "pose": clip.pose,
+            "speech": audio.speech_features(sound, kind, weights).numpy()}
 
 
 class GrowingPool:
@@ -160,7 +136,8 @@ class GrowingPool:
         want = self.size(step)
         if self.workers and self.pool is None and self.made < self.limit:
             self.pool = executor(self.workers)
-        for _ in tqdm(range(self.made, want), "rendering", leave=False, disable=want < self.made + 50):
+        for _ in tqdm(range(self.made, want), "rendering", leave=False,
+                      disable=want < self.made + 50):
             if self.workers:
                 self._order(want + ahead)
                 item = self.waiting.pop(0).result()
@@ -217,7 +194,8 @@ def read_clip(path):
         arrays["landmarks"] = arrays["landmarks"].astype(np.float32)
         arrays.setdefault("valid", np.ones(len(arrays["landmarks"]), dtype=bool))
     except (OSError, KeyError, ValueError) as error:
-        raise media.UserError(f"{path}: not the numbers of a clip ({error}); make it again") from error
+        raise media.UserError(f"{path}: not the numbers of a clip ({error}); make it again"
+                              ) from error
     return arrays
 
 
@@ -254,10 +232,11 @@ def main(argv=None):
     made.add_argument("--out", required=True, help="folder; the same command again goes on")
     args = parser.parse_args(argv)
     if args.clips < 1 or args.seconds < .4:
-        raise media.UserError("data.py toy wants --clips of at least 1 and --seconds of at least 0.4")
+        raise media.UserError("data.py toy wants --clips of 1 or more, --seconds of 0.4 or more")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    make = functools.partial(_write_toy, seed=args.seed, seconds=args.seconds, size=args.size, out=out)
+    make = functools.partial(_write_toy, seed=args.seed, seconds=args.seconds, size=args.size,
+                             out=out)
     workers = default_workers() if args.workers is None else args.workers
     names = in_parallel(make, range(args.clips), workers, "clips")
     index = {"toy_version": toy.TOY_VERSION, "seed": args.seed, "fps": media.FPS, "clips": names}

@@ -322,7 +322,8 @@ def main(argv=None):
     if last.exists() and not args.fresh:
         held = training.load(last, device)
         training.load_weights(model, held["model"], last)
-        training.load_optimisers(optimisers, held["optimisers"])
+        for optimiser, state in zip(optimisers, held["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
 
     # ---- data ----
@@ -337,7 +338,7 @@ def main(argv=None):
     def report():
         """Save, draw, and measure the EMA on the held-out heads."""
         state = {"config": asdict(model.config), "model": model.state_dict(), "ema": ema.weights,
-                 "optimisers": training.optimiser_states(optimisers), "step": step,
+                 "optimisers": [o.state_dict() for o in optimisers], "step": step,
                  "minutes": budget.spent(), "seed": args.seed}
         training.save(last, state)
         training.save(shipped, {"config": asdict(model.config), "weights": ema.half()})

@@ -50,7 +50,7 @@ def mouth_opening(points):
 
 
 def visible(points):
-    """Which points count in errors: all but the irises of closed eyes. (..., 70, 2) -> (..., 70)."""
+    """Points that count in errors: all but irises of closed eyes. (..., 70, 2) -> (..., 70)."""
     shown = np.ones(points.shape[:-1], dtype=bool)
     shown[..., IRISES] = eye_opening(points) >= OPEN_EYE
     return shown
@@ -89,7 +89,7 @@ def draw(points, size):
 
 
 def crop_box(points):
-    """Where the square crop lies for a face: (x0, y0, side) in pixels. points (70, 2) or (N, 70, 2).
+    """Where the square crop lies for a face: (x0, y0, side) in px. points (70, 2) or (N, 70, 2).
 
     One crop serves a whole clip, from its median points. The side is a fixed multiple of the
     mean of width and height from jaw to brows, so an open mouth hardly changes it.
@@ -106,10 +106,11 @@ def crop_box(points):
 def _mean_face():
     u = np.linspace(-1, 1, 17)
     sin, cos = np.sin(u * np.pi / 2), np.abs(np.cos(u * np.pi / 2))
-    jaw = np.stack([np.sign(sin) * np.abs(sin) ** 0.85, 0.1 - 1.32 * cos ** 0.9, 0.8 * cos - 0.5], 1)
-    brow = [(-.74, .42, .10), (-.60, .52, .20), (-.44, .55, .27), (-.29, .53, .31), (-.16, .47, .34)]
+    jaw = np.stack([np.sign(sin) * np.abs(sin) ** .85, .1 - 1.32 * cos ** .9, .8 * cos - .5], 1)
+    brow = [(-.74, .42, .1), (-.6, .52, .2), (-.44, .55, .27), (-.29, .53, .31), (-.16, .47, .34)]
     bridge = [(0, .17, .38), (0, .02, .47), (0, -.13, .57), (0, -.27, .66)]
-    nostrils = [(-.17, -.36, .38), (-.09, -.40, .45), (0, -.42, .49), (.09, -.40, .45), (.17, -.36, .38)]
+    nostrils = [(-.17, -.36, .38), (-.09, -.4, .45), (0, -.42, .49), (.09, -.4, .45),
+                (.17, -.36, .38)]
     eye = [(-.66, .13, .13), (-.52, .26, .24), (-.34, .26, .27), (-.21, .12, .24),
            (-.34, .02, .26), (-.52, .02, .22)]
     outer = [(-.31, -.70, .30), (-.20, -.63, .39), (-.08, -.595, .44), (0, -.61, .45),

@@ -1,4 +1,4 @@
-"""Reads and writes pictures, sound and video; the one error type for users, the one safe way to write.
+"""Pictures, sound and video; the one error type for users and the one safe way to write a file.
 
 The only file that knows containers and codecs; `av` (PyAV) is imported inside its functions, so
 that training on rendered heads runs without it. Pictures at rest are (H, W, 3) uint8, in memory

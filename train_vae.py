@@ -1,4 +1,4 @@
-"""Trains the VAE (sec. 4.2): reconstruct frame j from the appearance of frame i and the motion of j.
+"""Trains the VAE (sec. 4.2): frame j from the appearance of frame i and the motion of j.
 
     python train_vae.py                                  the toy preset on rendered heads
     python train_vae.py --data runs/toys --minutes 60    clips at rest
@@ -134,7 +134,7 @@ def main(argv=None):
     judge = models.Discriminator(config.width // 2).to(device, memory_format=torch.channels_last)
     lpips = models.find_lpips(args.lpips)
     if args.lpips and lpips is None:
-        raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(models.LPIPS.FILES)} in it")
+        raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(models.LPIPS.FILES)}")
     perceptual = lpips and lpips.to(device)
     optimisers = training.make_optimisers(model, args.optimiser, args.lr, recipe["betas"])
     judge_optimisers = training.make_optimisers(judge, "adam", args.lr / 2, (.5, .9))
@@ -151,7 +151,8 @@ def main(argv=None):
             raise media.UserError(f"{last}: a run of another preset; use --fresh or another --out")
         training.load_weights(model, held["model"], last)
         training.load_weights(judge, held["judge"], last)
-        training.load_optimisers(optimisers + judge_optimisers, held["optimisers"])
+        for optimiser, state in zip(optimisers + judge_optimisers, held["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
     budget = training.Budget(args.steps, None if args.steps else args.minutes, spent)
     net, judge_net = (training.distribute(m, processes) for m in (model, judge))
@@ -178,7 +179,7 @@ def main(argv=None):
         state = {"preset": args.preset, "config": asdict(config), "model": model.state_dict(),
                  "judge": judge.state_dict(), "ema": ema.weights, "step": step,
                  "minutes": budget.spent(), "seed": args.seed,
-                 "optimisers": training.optimiser_states(optimisers + judge_optimisers)}
+                 "optimisers": [o.state_dict() for o in optimisers + judge_optimisers]}
         training.save(last, state)
         training.save(out / "vae.pt", {"config": asdict(config), "weights": ema.half()})
         shadow.load_state_dict(ema.weights)
@@ -237,8 +238,8 @@ def main(argv=None):
                 fakes.append(x_hat.detach())
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not torch.isfinite(norm):
-                raise media.UserError(f"step {step}: the loss is not a number any more; {last} holds "
-                                      "the last good weights; lower --lr")
+                raise media.UserError(f"step {step}: the loss is not a number any more; {last} "
+                                      "holds the last good weights; lower --lr")
             for optimiser in optimisers:
                 optimiser.step()
             ema.update(model, step)

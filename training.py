@@ -26,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import media
 
+SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "toy"
+
 
 # ---- device and processes ------------------------------------------------------------------------
 
@@ -71,17 +73,10 @@ def pick_device(name="auto"):
 
 def pick_dtype(name, device):
     """bf16 for "auto" where the hardware is fast at it, else fp32. Returns the autocast dtype."""
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-        else:
-            name = "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def _cpu_has_bf16():
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in
-               ("amx_tile", "avx512_bf16"))
+    cpu = [getattr(torch.cpu, f"_is_{n}_supported", bool) for n in ("amx_tile", "avx512_bf16")]
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
+        device.type == "cpu" and any(supported() for supported in cpu)
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
 
 
 def autocast(device, dtype):
@@ -94,10 +89,6 @@ def distribute(model, processes):
         return model
     gpu = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=gpu)
-
-
-def unwrap(model):
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def agree(values, processes):
@@ -146,7 +137,7 @@ def orthogonalise(matrix, steps=5):
     Every iterate is p(G) X for a polynomial p of the small Gram matrix G = X X^T, so the steps
     work on G alone and the wide X is multiplied twice in all.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315               # a quintic that pulls singular values to about 1
+    a, b, c = 3.4445, -4.7750, 2.0315     # a quintic that pulls singular values to about 1
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
     gram, p = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
@@ -202,16 +193,13 @@ class Ema:
 
     def __init__(self, model, decay=.995):
         self.decay = decay
-        self.weights = {k: v.detach().clone() for k, v in unwrap(model).state_dict().items()}
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model, step):
         decay = min(self.decay, (1 + step) / (10 + step))       # the first steps count for little
-        for name, value in unwrap(model).state_dict().items():
-            if value.is_floating_point():
-                self.weights[name].lerp_(value, 1 - decay)
-            else:
-                self.weights[name].copy_(value)
+        for name, value in model.state_dict().items():
+            self.weights[name].lerp_(value, 1 - decay)
 
     def half(self):
         """What ships: fp16 weights on the CPU."""
@@ -242,7 +230,7 @@ class Budget:
 
 
 class Stop:
-    """True once SIGINT or SIGTERM arrived: the loop saves and ends. A second Ctrl-C ends at once."""
+    """True once SIGINT or SIGTERM arrived: the loop saves and ends. A second ends at once."""
 
     def __init__(self):
         self.wanted, self.before = False, {}
@@ -319,13 +307,16 @@ def load_weights(model, weights, path):
     return model
 
 
-def optimiser_states(optimisers):
-    return [o.state_dict() for o in optimisers]
-
-
-def load_optimisers(optimisers, states):
-    for optimiser, state in zip(optimisers, states, strict=True):
-        optimiser.load_state_dict(state)
+def load_model(kind, config, path, device="cpu"):
+    """A shipped model from dict(config, weights), ready to use: (model in fp32, the dict)."""
+    held = load(path)
+    try:
+        model = kind(config(**held["config"]))
+        weights = {k: v.float() if v.is_floating_point() else v for k, v in held["weights"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise media.UserError(f"{path}: not the weights of a {kind.__name__} ({error})") from error
+    model = load_weights(model, weights, path).to(device)
+    return model.eval().requires_grad_(False), held
 
 
 # ---- logs and curves -----------------------------------------------------------------------------
@@ -341,16 +332,12 @@ class Log:
             writer.writeheader()
             writer.writerows(rows)
         self.file = open(path, "a", newline="")
+        self.flush, self.close = self.file.flush, self.file.close
 
     def write(self, **values):
         row = [values.get(c, "") for c in self.columns]
         csv.writer(self.file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
 
-    def flush(self):
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
 
 
 def read_log(path):
@@ -371,12 +358,13 @@ COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#66a182", "#8d5a97", "#4
 
 
 def draw_curves(log_path, png, columns, smooth=.02):
-    """One small chart a column over steps, smoothed over a share of the run; log scale if positive."""
+    """One small chart a column over steps, smoothed over a share of the run."""
     rows = read_log(log_path)
     if len(rows) < 2:
         return
     width, height = 420, 220
-    sheet = Image.new("RGB", (width * min(2, len(columns)), height * -(-len(columns) // 2)), "white")
+    shape = (width * min(2, len(columns)), height * -(-len(columns) // 2))
+    sheet = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(sheet)
     for k, name in enumerate(columns):
         corner = (k % 2 * width, k // 2 * height)

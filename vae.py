@@ -1,4 +1,4 @@
-"""The disentangling VAE of GAIA: appearance from one frame, motion from another (sec. 4.2, eq. 1-4).
+"""The disentangling VAE: appearance from one frame, motion from another (sec. 4.2, eq. 1-4).
 
     x^a(i) portrait         ── E_A ──► z^a(i) (B, 3, h_a, w_a) ─┐
                                                                 ├─► D ──► x̂^a(j) (B, 3, H, W)
@@ -108,7 +108,8 @@ class Encoder(nn.Module):
         self.door = nn.Conv2d(3 * c.patch ** 2, c.channels(at), 3, padding=1)
         levels = [blocks(c.channels(at), c.layers)]
         while at < factor:
-            levels += [down(c.channels(at), c.channels(2 * at)), blocks(c.channels(2 * at), c.layers)]
+            before, after = c.channels(at), c.channels(2 * at)
+            levels += [down(before, after), blocks(after, c.layers)]
             at *= 2
         self.levels = nn.Sequential(*levels)
         self.head = nn.Conv2d(c.channels(at), 2 * c.latent, 3, padding=1)
@@ -138,7 +139,7 @@ class Decoder(nn.Module):
         self.merges = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in widths[:-1])
         self.going_up = nn.ModuleList(blocks(w, c.layers) for w in widths[:-1])
         levels, width = [], widths[0]
-        while top > 2:                                                    # light levels near the end
+        while top > 2:                                                   # light levels near the end
             levels += [Up(width, width // 2, kernel=3), ResidualBlock(width // 2)]
             width, top = width // 2, top // 2
         self.picture = nn.Sequential(*levels, nn.SiLU(), Up(width, 3, kernel=3))
@@ -189,7 +190,7 @@ class VAE(nn.Module):
         return self.decoder(z_a, z_m)
 
     def forward(self, x_a, x_m, noise_a=None, noise_m=None):
-        """x_a of frame i, x_m of frame j -> (x̂ of frame j, KL). Without noise the means are used."""
+        """x_a of frame i, x_m of frame j -> (x̂ of j, KL). Without noise the means are used."""
         a, m = self.encode_appearance(x_a), self.encode_motion(x_m)       # eq. 1
         z_a = a[0] if noise_a is None else reparameterise(*a, noise_a)
         z_m = m[0] if noise_m is None else reparameterise(*m, noise_m)
@@ -218,7 +219,8 @@ def weight_map(boxes, shares, size):
     x0, y0, x1, y1 = boxes[..., None].unbind(2)                           # (B, R, 1)
     inside_x, inside_y = (at >= x0) & (at <= x1), (at >= y0) & (at <= y1)
     masks = (inside_y[..., :, None] & inside_x[..., None, :]).float()     # (B, R, size, size)
-    share = shares.to(boxes.device)[:, None, None] / masks.mean((2, 3), keepdim=True).clamp(min=2e-4)
+    area = masks.mean((2, 3), keepdim=True).clamp(min=2e-4)
+    share = shares.to(boxes.device)[:, None, None] / area
     return 1 + (share * masks).sum(1, keepdim=True)
 
 
@@ -328,7 +330,7 @@ def generator_loss(fake, kind="nonsaturating"):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
-    """|d rec / d w| / |d adv / d w| at the last layer: both terms pull equally hard. (Esser 2021)"""
+    """|d rec / d w| / |d adv / d w| at the last layer w: both pull equally hard (Esser 2021)."""
     of_rec, = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     of_adv, = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(max=1e4).detach()

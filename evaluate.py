@@ -1,0 +1,388 @@
+"""Every number of this project, on held-out Toy Heads, in one command.
+
+    python evaluate.py                            the shipped weights, a table
+    python evaluate.py --quick                    the same in about a minute, on fewer clips
+    python evaluate.py --checkpoint runs --json runs/evaluation.json
+
+64 clips of 4 s of 64 identities that no training ever meets. Beside each value: the same number
+for the truth, for a trivial baseline (the portrait held still; for lips the loudness) and for
+shuffled sound, with a bootstrap 95 % interval over clips. Points of generated frames are found by
+our own detector; `akd_floor` is its error on true frames. Letters: N frames, K = 70 points.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import audio
+import data
+import detector as detectors
+import diffusion
+import media
+import sample
+import toy
+import training
+import voices
+from landmarks import (EYE_LEFT, EYE_RIGHT, MOUTH, draw, eye_opening, head_pose, mouth_opening,
+                       point_error, region_box)
+
+SIZE, SECONDS = 128, 4.0
+LEAST_SPREAD = .01              # of the true mouth opening; stiller clips have no lip numbers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is scored: clips, every which frame of them, cross-driving, seeds."""
+    clips: int = 64
+    stride: int = 2
+    drivers: int = 16
+    rounds: int = 5
+    cross_frames: int = 20
+    seeded_clips: int = 16
+    seeds: int = 8
+    long_seconds: float = 300.0
+
+
+PLANS = {"default": Plan(), "full": Plan(stride=1, drivers=64, cross_frames=100),
+         "quick": Plan(8, 8, 4, 2, 6, 4, 4, 30.0)}
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+def score(values, **beside):
+    """The mean over clips with its bootstrap 95 % interval, and what stands beside it."""
+    values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"value": None} | beside
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"value": values.mean(), "low": low, "high": high} | beside
+
+
+def psnr(a, b, axis=None):
+    """10 log10(4 / MSE) of uint8 pictures, on the scale [-1, 1]."""
+    difference = (a.astype(np.float32) - b) / 127.5
+    return 10 * np.log10(4 / np.maximum((difference ** 2).mean(axis), 1e-10))
+
+
+def psnr_in(a, b, boxes):
+    """PSNR over the pixels inside R boxes a frame. (n, H, W, 3) twice, (n, R, 4) -> float."""
+    at = np.arange(a.shape[1])
+    x0, y0, x1, y1 = np.moveaxis(boxes[..., None], 2, 0)                     # (n, R, 1)
+    rows, columns = (at >= y0) & (at <= y1), (at >= x0) & (at <= x1)
+    inside = (rows[..., :, None] & columns[..., None, :]).any(1)             # (n, H, W)
+    return float(psnr(a[inside], b[inside]))
+
+
+def pearson(a, b):
+    """Correlation over the last axis; nan where either stands still."""
+    a, b = (v - v.mean(-1, keepdims=True) for v in (np.asarray(a, float), np.asarray(b, float)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1))
+
+
+def count_blinks(opening):
+    """Blinks in one track (N,): the eyes under 40 % of the clip's median for 2 to 10 frames."""
+    shut = np.concatenate([[0], (opening < .4 * np.median(opening)).astype(int), [0]])
+    edges = np.flatnonzero(np.diff(shut))
+    lengths = edges[1::2] - edges[::2]
+    return int(((lengths >= 2) & (lengths <= 10)).sum())
+
+
+def blink_rate(points):
+    """Blinks a minute of (N, 70, 2)."""
+    return count_blinks(eye_opening(points).mean(-1)) / (len(points) / media.FPS / 60)
+
+
+def loudness(sound, n):
+    """Log root mean square of each frame's samples. -> (n,)"""
+    step = media.RATE // media.FPS
+    padded = np.pad(sound, (0, max(0, n * step - len(sound))))[:n * step].reshape(n, step)
+    return np.log(np.sqrt((padded ** 2).mean(1)) + 1e-4)
+
+
+def within_spread(tracks):
+    """Square root of the mean within-clip variance. (clips, N, D) -> (D,)."""
+    return np.sqrt(np.mean([np.var(t, axis=0) for t in tracks], axis=0))
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+def held_out(k):
+    """Held-out clip k with its frames drawn: (clip, frames (N, 128, 128, 3) uint8)."""
+    clip = toy.make_clip(k, SECONDS, SIZE, held_out=True)
+    return replace(clip), clip.frames()
+
+
+def encode(models, picture, points):
+    """z^a and normalised z^m of a clip's first frame."""
+    return sample.encode_portrait(models, picture, points)
+
+
+@torch.inference_mode()
+def redraw(models, z_a, points):
+    """D(z^a, E_M(x^m)) for given points. -> (n, 128, 128, 3) uint8."""
+    shown = []
+    for part in np.array_split(points, max(1, len(points) // 8)):
+        x_m = media.to_float(np.stack([draw(p, SIZE) for p in part])).to(models.device)
+        z_m = models.vae.encode_motion(x_m)[0]
+        shown.append(media.to_uint8(models.vae.decode(z_a.expand(len(part), -1, -1, -1), z_m)))
+    return np.concatenate(shown)
+
+
+def score_truth(plan, clips, finder):
+    """The detector and the pose fit, on true frames."""
+    found = [detectors.find_in_crops(finder, frames[::plan.stride]) for _, frames in clips]
+    true = [clip.landmarks[::plan.stride] for clip, _ in clips]
+    px = [point_error(f, t).mean() for f, t in zip(found, true)]
+    still = [point_error(np.repeat(t[:1], len(t), 0), t).mean() for t in true]
+    fit = [np.abs(clip.pose - clip.true_pose).mean() for clip, _ in clips]
+    since = [np.abs((c.pose - c.pose[0]) - (c.true_pose - c.true_pose[0])).mean() for c, _ in clips]
+    return {"detector_px": score(px, baseline=np.mean(still)), "pose_fit_abs": score(fit),
+            "pose_fit_rel": score(since)}, px
+
+
+def score_self(plan, clips, models, finder, floor):
+    """The VAE redraws every clip from its first frame and its true points."""
+    rows = {name: [] for name in ("self", "copy", "eyes", "mouth", "akd", "still", "lips")}
+    for clip, frames in tqdm(clips, "self-reconstruction", leave=False):
+        z_a, _ = encode(models, frames[0], clip.landmarks[0])
+        at = np.arange(1, len(frames), plan.stride)
+        true, points = frames[at], clip.landmarks[at]
+        made = redraw(models, z_a, points)
+        found = detectors.find_in_crops(finder, made)
+        rows["self"].append(psnr(made, true))
+        rows["copy"].append(psnr(frames[:1], true))
+        eyes = np.stack([region_box(points, EYE_LEFT), region_box(points, EYE_RIGHT)], 1)
+        rows["eyes"].append(psnr_in(made, true, eyes))
+        rows["mouth"].append(psnr_in(made, true, region_box(points, MOUTH)[:, None]))
+        rows["akd"].append(point_error(found, points).mean())
+        rows["still"].append(point_error(np.repeat(clip.landmarks[:1], len(at), 0), points).mean())
+        moves = mouth_opening(points)
+        rows["lips"].append(pearson(mouth_opening(found), moves) if moves.std() > LEAST_SPREAD
+                            else np.nan)
+    r = {k: np.array(v) for k, v in rows.items()}
+    return {"psnr_self": score(r["self"], baseline=r["copy"].mean()),
+            "psnr_gain": score(r["self"] - r["copy"], baseline=0.0),
+            "psnr_eyes": score(r["eyes"]), "psnr_mouth": score(r["mouth"]),
+            "akd_self": score(r["akd"], truth=np.mean(floor), baseline=r["still"].mean()),
+            "akd_floor": score(floor), "lip_r_ceiling": score(r["lips"], truth=1.0)}
+
+
+def score_cross(plan, clips, models, finder):
+    """One clip's motion on another's portrait, against the driver and against the renderer."""
+    rng = np.random.default_rng(0)
+    by_driver, by_truth, pictures, still = [], [], [], []
+    pairs = [(d, int((d + rng.integers(1, len(clips))) % len(clips)))
+             for _ in range(plan.rounds) for d in range(min(plan.drivers, len(clips)))]
+    for d, t in tqdm(pairs, "cross-reenactment", leave=False):
+        driver, (target, frames) = clips[d][0], clips[t]
+        z_a, _ = encode(models, frames[0], target.landmarks[0])
+        at = np.linspace(0, len(driver) - 1, min(plan.cross_frames, len(driver))).astype(int)
+        wanted = toy.ToyClip(target.identity, driver.motion, size=SIZE, jitter=driver.jitter)
+        made = redraw(models, z_a, driver.landmarks[at])
+        found = detectors.find_in_crops(finder, made)
+        by_driver.append(point_error(found, driver.landmarks[at]).mean())
+        by_truth.append(point_error(found, wanted.landmarks[at]).mean())
+        held = np.repeat(target.landmarks[:1], len(at), 0)
+        still.append(point_error(held, wanted.landmarks[at]).mean())
+        pictures.append(psnr(made, wanted.frames(at)))
+    return {"akd_cross": score(by_driver),
+            "akd_cross_true": score(by_truth, baseline=np.mean(still)),
+            "psnr_cross_true": score(pictures)}
+
+
+def generate(models, finder, clip, frames, seeds, how, sampler, steps, stride=1):
+    """Speak a clip's sound with its first frame: points found (S, n, 70, 2), the asked poses."""
+    z_a, reference = encode(models, frames[0], clip.landmarks[0])
+    speech = audio.speech_features(clip.sound, models.speech).to(models.device)
+    pose = sample.poses(models, speech, clip.pose[0], how)
+    count = len(seeds)
+    with torch.inference_mode():
+        windows = diffusion.sample_motion(
+            models.motion, speech[None].expand(count, -1, -1), reference.expand(count, -1, -1, -1),
+            None if pose is None else pose.expand(count, -1, -1), seeds, sampler, steps)
+        motion = torch.cat(list(windows), 1)                                 # (S, N, 3, h, w)
+    found = []
+    for track in motion[:, ::stride]:
+        made = np.concatenate(list(sample.decode(models, z_a, track)))
+        found.append(detectors.find_in_crops(finder, made))
+    return np.stack(found), None if pose is None else pose[0].cpu().numpy()
+
+
+def silent_frames(clip):
+    """Frames that lie at least 0.2 s from any phoneme. -> (N,) bool."""
+    at = (np.arange(len(clip)) + .5) / media.FPS
+    silent = np.ones(len(clip), dtype=bool)
+    for phoneme, start, end, _ in clip.speech.segments:
+        if phoneme not in voices.SILENT:
+            silent &= (at < start - .2) | (at > end + .2)
+    return silent
+
+
+def twin(k):
+    """Correlation of mouth opening between clip k and a second motion of the same phonemes."""
+    clip = toy.make_clip(k, SECONDS, SIZE, held_out=True)
+    speech = voices.make_speech(np.random.default_rng((toy.HELD_OUT + k, 1)), SECONDS,
+                                motion_rng=np.random.default_rng((toy.HELD_OUT + k, 7)))
+    motion = replace(clip.motion, expression=clip.motion.expression.copy())
+    motion.expression[:, :4] = speech.lips[:len(motion)]
+    other = toy.ToyClip(clip.identity, motion, speech, size=SIZE, jitter=clip.jitter)
+    return pearson(mouth_opening(clip.landmarks), mouth_opening(other.landmarks))
+
+
+def score_speech(plan, clips, models, finder, how, sampler, steps):
+    """The motion model: lips, poses, blinks, silence and diversity, from sound alone."""
+    truth = [mouth_opening(clip.landmarks) for clip, _ in clips]
+    moving = [t.std() > LEAST_SPREAD for t in truth]
+    rows = {n: [] for n in ("r", "mean8", "gain", "loud", "shuffled", "mae", "pose", "true_pose",
+                            "blinks", "true_blinks", "silence", "diversity")}
+    for k, (clip, frames) in enumerate(tqdm(clips, "speech to motion", leave=False)):
+        many = k < plan.seeded_clips
+        stride = 1 if many else plan.stride
+        found, asked = generate(models, finder, clip, frames, range(plan.seeds if many else 1), how,
+                                sampler, steps, stride)
+        opening, true = mouth_opening(found), truth[k][::stride]
+        if moving[k]:
+            rows["r"].append(pearson(opening[0], true))
+            rows["gain"].append(opening[0].std() / true.std())
+            rows["loud"].append(pearson(loudness(clip.sound, len(clip)), truth[k]))
+            rows["shuffled"].append(pearson(opening[0], truth[(k + 1) % len(clips)][::stride]))
+        if not many:
+            continue
+        seen = detectors.find_in_crops(finder, frames)
+        if moving[k]:
+            rows["mean8"].append(pearson(opening.mean(0), true))
+        rows["pose"].extend(head_pose(found))
+        rows["true_pose"].append(head_pose(seen))
+        if asked is not None:
+            rows["mae"].append(np.abs(head_pose(found) - asked).mean())
+        rows["blinks"].append(np.mean([blink_rate(track) for track in found]))
+        rows["true_blinks"].append(blink_rate(seen))
+        silent = silent_frames(clip)
+        if silent.any():
+            rows["silence"].append((opening[:, silent].mean() - mouth_opening(seen)[silent].mean()))
+        spread = found.std(0)                                                # (N, K, 2)
+        rows["diversity"].append(np.sqrt((spread ** 2).sum(-1)).mean())
+    twins = [twin(k) for k in range(len(clips)) if moving[k]]
+    beside = {"baseline": np.nanmean(rows["loud"]), "shuffled": np.nanmean(rows["shuffled"])}
+    numbers = {"lip_r": score(rows["r"], **beside), "lip_r_mean8": score(rows["mean8"], **beside),
+               "lip_gain": score(rows["gain"], truth=1.0, baseline=0.0),
+               "lip_r_twin": score(twins), "pose_mae": score(rows["mae"])}
+    ratio = within_spread(rows["pose"]) / within_spread(rows["true_pose"])
+    each = np.sqrt([np.var(t, axis=0) for t in rows["pose"]]) / within_spread(rows["true_pose"])
+    for axis, name in enumerate(("pitch", "yaw", "roll")):
+        numbers[f"pose_spread_{name}"] = score(each[:, axis], truth=1.0, baseline=0.0) \
+            | {"value": ratio[axis]}
+    numbers["blinks_per_minute"] = score(rows["blinks"], truth=np.mean(rows["true_blinks"]),
+                                         baseline=0.0)
+    numbers["silence_opening"] = score(rows["silence"], truth=0.0)
+    numbers["seed_diversity"] = score(rows["diversity"], baseline=0.0)
+    return numbers
+
+
+def score_long(plan, clips, models, finder, how, sampler, steps):
+    """`seam`: movement of the points at window joins over that elsewhere, in a long speech."""
+    clip, frames = clips[0]
+    speech = voices.make_speech(np.random.default_rng((toy.HELD_OUT, 11)), plan.long_seconds)
+    z_a, reference = encode(models, frames[0], clip.landmarks[0])
+    features = audio.speech_features(speech.sound, models.speech).to(models.device)
+    pose = sample.poses(models, features, clip.pose[0], how)
+    with torch.inference_mode():
+        windows = [w[0] for w in diffusion.sample_motion(
+            models.motion, features[None], reference, pose, [0], sampler, steps)]
+    joins = np.cumsum([len(w) for w in windows])[:-1]
+    motion = torch.cat(windows)
+    others = np.setdiff1d(np.arange(3, len(motion), 23), joins)
+
+    def movement(ends):
+        pairs = motion[np.stack([ends - 1, ends], 1).ravel()]
+        made = np.concatenate(list(sample.decode(models, z_a, pairs)))
+        p = detectors.find_in_crops(finder, made).reshape(-1, 2, 70, 2)
+        return np.sqrt(((p[:, 1] - p[:, 0]) ** 2).sum(-1)).mean(-1)
+    at_joins = movement(joins) if len(joins) else np.array([np.nan])
+    return {"seam": score(at_joins / movement(others).mean(), truth=1.0)}
+
+
+def score_speed(args, clips):
+    """`rtf`: wall time over the length of 10 s of speech, with start-up and without."""
+    clip, frames = clips[0]
+    sound = voices.make_speech(np.random.default_rng((toy.HELD_OUT, 12)), 10.0).sound
+    with tempfile.TemporaryDirectory() as folder:
+        image, wav, out = (str(Path(folder) / n) for n in ("a.png", "a.wav", "a.mp4"))
+        media.write_image(image, frames[0])
+        media.write_sound(wav, sound)
+        flags = ["--image", image, "--audio", wav, "--out", out, "--checkpoint",
+                 str(args.checkpoint), "--device", args.device]
+        began = time.monotonic()
+        script = Path(__file__).with_name("sample.py")
+        subprocess.run([sys.executable, str(script), *flags], check=True, capture_output=True)
+        cold = (time.monotonic() - began) / 10
+        began = time.monotonic()
+        sample.main(flags, quiet=True)
+        return {"rtf": cold, "rtf_warm": (time.monotonic() - began) / 10}
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def show(numbers):
+    """The table on screen."""
+    columns = ("value", "low", "high", "truth", "baseline", "shuffled")
+    print(f"{'':20}" + "".join(f"{c:>10}" for c in columns))
+    for name, held in numbers.items():
+        held = held if isinstance(held, dict) else {"value": held}
+        cells = [f"{held[c]:10.3f}" if held.get(c) is not None else " " * 10 for c in columns]
+        print(f"{name:20}" + "".join(cells))
+
+
+def main(argv=None):
+    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
+    p.add_argument("--json", metavar="FILE", help="write the numbers, by name")
+    p.add_argument("--quick", action="store_true", help="fewer clips, about a minute")
+    p.add_argument("--full", action="store_true", help="every frame, all drivers (B.2)")
+    p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
+    p.add_argument("--steps", type=int, default=20, help="solver steps")
+    p.add_argument("--pose", choices=("predict", "free", "still"), default="predict")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    p.add_argument("--workers", type=int, default=None, help="processes that render the truth")
+    args = p.parse_args(argv)
+    began = time.monotonic()
+    name = "quick" if args.quick else "full" if args.full else "default"
+    plan = PLANS[name]
+    models = sample.load_models(args.checkpoint, args.device)
+    finder = detectors.load(sample.find(Path(args.checkpoint), "detector.pt", "detector"),
+                            models.device)
+    workers = data.default_workers() if args.workers is None else args.workers
+    clips = data.in_parallel(held_out, range(plan.clips), workers, "rendering the truth")
+
+    numbers, floor = score_truth(plan, clips, finder)
+    numbers |= score_self(plan, clips, models, finder, floor)
+    numbers |= score_cross(plan, clips, models, finder)
+    sampling = functools.partial(score_speech, plan, clips, models, finder)
+    numbers |= sampling(args.pose, args.sampler, args.steps)
+    numbers |= score_long(plan, clips, models, finder, args.pose, args.sampler, args.steps)
+    numbers |= score_speed(args, clips)
+    show(numbers)
+    print(f"{name} plan, {plan.clips} clips, Toy Heads version {toy.TOY_VERSION}, "
+          f"{(time.monotonic() - began) / 60:.1f} minutes")
+    if args.json:
+        with media.replacing(args.json) as temporary:
+            Path(temporary).write_text(json.dumps(
+                {"toy_version": toy.TOY_VERSION, "plan": name} | numbers, indent=1, default=float))
+
+
+if __name__ == "__main__":
+    media.run(main)

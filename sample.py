@@ -1,0 +1,171 @@
+"""One portrait and one voice in, a talking video out.
+
+    python sample.py --image assets/face.png --audio assets/speech.wav --out out.mp4
+
+    1. find the face, cut it out as the training pictures were cut       detector, landmarks
+    2. z^a and z^m of the portrait                                       E_A, E_M of eq. 1
+    3. speech features, head poses from them                             A and P of sec. 4.3
+    4. motion latents, window by window                                  S, eq. 6 or 7
+    5. decode each window as soon as it is sampled, and write it         D of eq. 2
+
+The shipped weights were trained on drawings and animate drawings; a photograph gets a warning.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import audio
+import detector as detectors
+import diffusion
+import media
+import training
+import vae as vaes
+from landmarks import crop_box, draw, head_pose
+
+DECODE_AT_ONCE = 8              # frames; a bigger batch is no faster on a CPU and takes more memory
+
+
+@dataclass
+class Models:
+    """The trained parts, the latents' mean and std, and the kind of speech features."""
+    vae: vaes.VAE
+    motion: diffusion.MotionModel
+    mean: torch.Tensor          # (3, 1, 1) of z^m
+    std: torch.Tensor
+    speech: str
+    device: torch.device
+
+
+def load_models(folder, device):
+    """VAE and motion model from a folder with vae.pt and motion.pt, or a `make train` folder."""
+    folder = Path(folder)
+    device = training.pick_device(device)
+    vae, _ = training.load_model(vaes.VAE, vaes.VAEConfig, find(folder, "vae.pt", "vae"), device)
+    vae = vae.to(memory_format=torch.channels_last)
+    path = find(folder, "motion.pt", "diffusion")
+    motion, held = training.load_model(diffusion.MotionModel, diffusion.MotionConfig, path, device)
+    try:
+        mean, std = (torch.tensor(held[k]).view(-1, 1, 1).to(device) for k in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise media.UserError(f"{path}: its latents' mean and std are missing") from error
+    side = vae.config.size // vae.config.motion_factor
+    if side != motion.config.motion_size:
+        raise media.UserError(f"{path}: made for motion latents of {motion.config.motion_size}x"
+                              f"{motion.config.motion_size}, the VAE's are {side}x{side}")
+    return Models(vae, motion, mean, std, held.get("speech", "mel"), device)
+
+
+def find(folder, name, run):
+    """FOLDER/name as shipped, or FOLDER/run/name as `make train` leaves it."""
+    for path in (folder / name, folder / run / name):
+        if path.is_file():
+            return path
+    raise media.UserError(f"{folder}: no {name} in it; train one, or leave --checkpoint out")
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+def frame_portrait(picture, points, size):
+    """Cut the portrait as training pictures were cut. -> (size, size, 3) uint8, points (70, 2)."""
+    x, y, side = crop_box(points)
+    crop = detectors.cut(picture, (x, y, side), size)
+    return crop, ((points - (x, y) + .5) * (size / side) - .5).astype("float32")
+
+
+@torch.inference_mode()
+def encode_portrait(models, picture, points):
+    """z^a (1, 3, h_a, w_a) and normalised z^m (1, 3, h_m, w_m) of a framed portrait (eq. 1)."""
+    x_a = media.to_float(picture)[None].to(models.device)
+    x_m = media.to_float(draw(points, len(picture)))[None].to(models.device)
+    z_a = models.vae.encode_appearance(x_a)[0]
+    return z_a, (models.vae.encode_motion(x_m)[0] - models.mean) / models.std
+
+
+@torch.inference_mode()
+def decode(models, z_a, motion):
+    """D on every frame: z_a (1, 3, h_a, w_a), motion (n, 3, h_m, w_m) -> uint8, part by part."""
+    for part in (motion * models.std + models.mean).split(DECODE_AT_ONCE):
+        yield media.to_uint8(models.vae.decode(z_a.expand(len(part), -1, -1, -1), part))
+
+
+def poses(models, speech, portrait_pose, how):
+    """Head poses (1, N, 3) in degrees: predicted by P, the portrait's own, or None: left free."""
+    if how == "free":
+        return None
+    start = torch.as_tensor(portrait_pose, dtype=torch.float32, device=models.device)[None]
+    if how == "still":
+        return start[:, None].expand(1, len(speech), 3)
+    return diffusion.predict_pose(models.motion, speech[None], start)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def arguments(argv):
+    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    io = p.add_argument_group("in and out")
+    io.add_argument("--image", required=True, help="portrait: any picture")
+    io.add_argument("--audio", required=True, help="voice: any sound, or a video with sound")
+    io.add_argument("--out", default="out.mp4", help="video to write (default: out.mp4)")
+    io.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
+    io.add_argument("--detector", choices=("auto", "toy", "mediapipe"), default="auto",
+                    help="what finds the face: ours, or mediapipe's face mesh")
+    io.add_argument("--wav2vec2", metavar="FILE", help="wav2vec 2.0's weights")
+    how = p.add_argument_group("how")
+    how.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
+    how.add_argument("--steps", type=int, default=20, help="solver steps")
+    how.add_argument("--pose", choices=("predict", "free", "still"), default="predict",
+                     help="head poses: from speech, left to the model, or the portrait's own")
+    how.add_argument("--seed", type=int, default=0, help="another seed moves differently")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = p.parse_args(argv)
+    if not 1 <= args.steps <= 10_000:
+        raise media.UserError(f"--steps {args.steps}: wants 1 to 10000")
+    if args.seed < 0:
+        raise media.UserError(f"--seed {args.seed}: must not be negative")
+    for path in (args.image, args.audio):
+        if os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
+            raise media.UserError(f"--out {args.out}: is an input too; choose another name")
+    return args
+
+
+def main(argv=None, quiet=False):
+    began = time.monotonic()
+    args = arguments(argv)
+    picture = media.read_image(args.image)
+    sound = media.read_sound(args.audio)
+    models = load_models(args.checkpoint, args.device)
+    finder = None if args.detector == "mediapipe" else \
+        detectors.load(find(Path(args.checkpoint), "detector.pt", "detector"), models.device)
+
+    points, note = detectors.locate(picture, args.image, args.detector, finder)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    size = models.vae.config.size
+    portrait, points = frame_portrait(picture, points, size)
+    z_a, reference = encode_portrait(models, portrait, points)
+    speech = audio.speech_features(sound, models.speech, args.wav2vec2).to(models.device)
+    pose = poses(models, speech, head_pose(points), args.pose)
+
+    with media.VideoWriter(args.out, size, size, sound) as video, \
+            tqdm(total=len(speech), desc="frames", unit="frame", leave=False, disable=quiet) as bar:
+        for window in diffusion.sample_motion(models.motion, speech[None], reference, pose,
+                                              [args.seed], args.sampler, args.steps):
+            for frames in decode(models, z_a, window[0]):
+                video.write(frames)
+                bar.update(len(frames))
+    spent, seconds = time.monotonic() - began, len(sound) / media.RATE
+    if quiet:
+        return
+    print(f"{args.out}\n{len(speech)} frames, {seconds:.2f} s of speech, made in {spent:.1f} s: "
+          f"{spent / seconds:.2f} times real time")
+
+
+if __name__ == "__main__":
+    media.run(main)
