@@ -1,0 +1,457 @@
+"""Made speech: phonemes become articulator tracks, and the tracks drive sound and lips alike.
+
+    phonemes with times ──► lips (N, 4), with coarticulation     ──► the face (toy.py)
+                        └─► pitch, formants, noise at 200 Hz     ──► sound, by a source-filter model
+
+So sound does not cause the lips: one string of phonemes causes both, as in life. The formant voice
+needs no download; `espeak` speaks real sentences where espeak-ng is installed and drives the lips
+from the same table. Letters: N frames (25 Hz), M control points (200 Hz), T samples (16 kHz),
+S segments. Nothing here is in the paper: it trained on recorded speech.
+
+    python voices.py --seed 3 --seconds 4 --out voice.wav
+"""
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import media
+
+ARTICULATORS = ("jaw", "width", "round", "upper")       # 0..1; at rest 0, 0.5, 0, 0
+REST = np.array([0, .5, 0, 0])
+CONTROL = 200                                            # control points a second
+WINDOW, HOP = 320, media.RATE // CONTROL                 # of the short-time spectrum
+SILENT = ("_",)
+
+
+@dataclass(frozen=True)
+class Phoneme:
+    """One row of the table. Times in seconds, formants in Hz for a tract of length 1."""
+    seconds: float
+    formants: tuple                  # F1, F2, F3
+    lips: tuple                      # targets of the articulators
+    pull: float = 1.0                # how much it imposes its lips on its neighbours
+    voice: float = 1.0               # amplitude of the voiced source
+    noise: tuple = (0, 1, 0)         # centre, bandwidth (Hz), amplitude
+    breath: float = 0.0              # noise at the glottis
+    closure: float = 0.0             # share of its time for which the tract is shut
+    lips_shut: bool = False          # shut by the lips: p, b, m
+
+
+def _vowel(f1, f2, f3, *lips, seconds=.12):
+    return Phoneme(seconds, (f1, f2, f3), lips, 1.0)
+
+
+PHONEMES = {
+    "_": Phoneme(.3, (500, 1500, 2500), tuple(REST), 2.0, voice=0),
+    # vowels                 F1   F2    F3    jaw width round upper
+    "i": _vowel(280, 2250, 2900, .20, .88, .00, .15), "I": _vowel(400, 1950, 2550, .28, .72, .00, .10),
+    "e": _vowel(530, 1850, 2500, .45, .70, .00, .15), "E": _vowel(610, 1750, 2450, .55, .70, .00, .20),
+    "A": _vowel(700, 1650, 2400, .72, .72, .00, .25), "a": _vowel(740, 1150, 2450, .92, .52, .00, .20),
+    "V": _vowel(620, 1220, 2400, .58, .50, .05, .15), "@": _vowel(500, 1450, 2450, .34, .50, .05, .08,
+                                                                 seconds=.07),
+    "3": _vowel(490, 1350, 1690, .34, .40, .35, .15), "o": _vowel(500, 850, 2400, .52, .26, .70, .12),
+    "O": _vowel(590, 900, 2420, .70, .30, .55, .15), "U": _vowel(440, 1050, 2250, .32, .30, .62, .10),
+    "u": _vowel(310, 870, 2250, .24, .14, .95, .10),
+    # lips shut
+    "p": Phoneme(.10, (300, 900, 2200), (0, .48, .05, 0), 3, 0, (900, 700, .30), .5, .75, True),
+    "b": Phoneme(.10, (300, 900, 2200), (0, .48, .05, 0), 3, .9, (900, 700, .15), 0, .80, True),
+    "m": Phoneme(.11, (270, 1000, 2200), (0, .50, .00, 0), 3, .55, closure=1.0, lips_shut=True),
+    # lower lip to the teeth
+    "f": Phoneme(.11, (350, 1100, 2300), (.10, .50, .00, .55), 2.4, 0, (4800, 2600, .16)),
+    "v": Phoneme(.08, (320, 1100, 2300), (.10, .50, .00, .55), 2.4, .5, (4800, 2600, .07)),
+    # tongue, lips free
+    "t": Phoneme(.09, (320, 1700, 2600), (.16, .52, .05, .08), .5, 0, (4600, 1300, .35), .45, .65),
+    "d": Phoneme(.08, (300, 1700, 2600), (.18, .52, .05, .08), .5, .9, (4400, 1300, .18), 0, .70),
+    "n": Phoneme(.08, (270, 1650, 2550), (.18, .52, .03, .06), .5, .60, closure=1.0),
+    "k": Phoneme(.09, (320, 1950, 2300), (.26, .52, .05, .06), .4, 0, (2000, 700, .32), .45, .65),
+    "g": Phoneme(.08, (300, 1950, 2300), (.26, .52, .05, .06), .4, .9, (2000, 700, .16), 0, .70),
+    "N": Phoneme(.09, (270, 1900, 2350), (.24, .52, .03, .06), .4, .55, closure=1.0),
+    "s": Phoneme(.11, (330, 1650, 2600), (.10, .68, .00, .12), .9, 0, (6000, 1100, .34)),
+    "z": Phoneme(.08, (310, 1650, 2600), (.10, .68, .00, .12), .9, .5, (6000, 1100, .18)),
+    "S": Phoneme(.11, (330, 1850, 2500), (.18, .25, .62, .30), 1.3, 0, (3100, 800, .40)),
+    "Z": Phoneme(.08, (310, 1850, 2500), (.18, .25, .62, .30), 1.3, .5, (3100, 800, .20)),
+    "T": Phoneme(.10, (340, 1450, 2500), (.20, .54, .00, .12), .7, 0, (5200, 2400, .10)),
+    "D": Phoneme(.06, (320, 1450, 2500), (.20, .54, .00, .12), .7, .6, (5200, 2400, .05)),
+    "h": Phoneme(.07, (520, 1500, 2500), (.36, .50, .05, .08), .1, 0, (1500, 900, 0), 1.0),
+    "l": Phoneme(.07, (360, 1300, 2700), (.30, .52, .05, .10), .4, .75),
+    "r": Phoneme(.07, (350, 1200, 1600), (.26, .34, .45, .15), .8, .75),
+    "w": Phoneme(.07, (300, 700, 2200), (.16, .12, 1.0, .08), 1.8, .75),
+    "j": Phoneme(.06, (280, 2200, 2950), (.18, .80, .00, .12), .7, .75),
+}
+VOWELS = ("i", "I", "e", "E", "A", "a", "V", "@", "3", "o", "O", "U", "u")
+NUCLEI = (*[(v,) for v in VOWELS], ("a", "I"), ("e", "I"), ("o", "U"), ("a", "U"), ("O", "I"))
+ONSETS = (*[(c,) for c in "pbmpbmfvtdnkgszSThlrwj"], ("p", "l"), ("b", "r"), ("s", "t"), ("t", "S"),
+          ("k", "w"), ("f", "l"), ("s", "p"), ("d", "Z"), ("D",))
+CODAS = tuple((c,) for c in "pbmfvtdnkgNszSTlr")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Who speaks: pitch (Hz), tract length and rate (1 is average), the rest 0..1 or so."""
+    pitch: float = 120.0
+    tract: float = 1.0
+    rate: float = 1.0
+    breath: float = .05
+    loudness: float = .5
+    melody: float = .15              # spread of the pitch, in octaves
+    tilt: float = 1.0                # how fast the source falls with frequency
+
+
+@dataclass(frozen=True)
+class Speech:
+    """sound (T,) float32, lips (N, 4) and stress (N,) at frame centres, segments
+    [(phoneme, start, end, stress)] in seconds."""
+    sound: np.ndarray
+    lips: np.ndarray
+    stress: np.ndarray
+    segments: list
+    voice: Voice | None = None
+
+
+def random_voice(rng):
+    """A new speaker; deep voices tend to have long tracts."""
+    deep = rng.uniform(-1, 1)
+    return Voice(pitch=145 * 2 ** (-.75 * deep) * np.exp(rng.normal(0, .05)),
+                 tract=1 + .11 * deep + rng.normal(0, .03), rate=rng.uniform(.85, 1.2),
+                 breath=rng.uniform(0, .2), loudness=rng.uniform(.25, .9),
+                 melody=rng.uniform(.06, .25), tilt=rng.uniform(.8, 1.25))
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+def random_phonemes(rng, count):
+    """About `count` phonemes in words and phrases. -> [(phoneme, stress)]"""
+    said = [("_", 0.0)]
+    while len(said) < count:
+        for _ in range(rng.integers(3, 9)):                     # a phrase of words
+            syllables = int(rng.choice([1, 2, 3], p=[.5, .35, .15]))
+            accent = int(rng.integers(syllables)) if rng.random() < .65 else -1
+            for k in range(syllables):
+                stress = float(rng.uniform(.5, 1)) if k == accent else 0.0
+                onset = ONSETS[rng.integers(len(ONSETS))] if rng.random() < .85 else ()
+                nucleus = NUCLEI[rng.integers(len(NUCLEI))]
+                coda = CODAS[rng.integers(len(CODAS))] if rng.random() < .35 else ()
+                said += [(p, stress) for p in (*onset, *nucleus, *coda)]
+        said.append(("_", 0.0))
+    return said
+
+
+def give_times(rng, said, voice, seconds):
+    """Durations for phonemes, cut where the clip ends. -> [(phoneme, start, end, stress)]"""
+    segments, at = [], 0.0
+    for phoneme, stress in said:
+        length = PHONEMES[phoneme].seconds / voice.rate * (1 + .3 * stress)
+        length *= np.exp(rng.normal(0, .15 if phoneme != "_" else .55))
+        length = max(length, .09 if PHONEMES[phoneme].lips_shut else .04)
+        segments.append((phoneme, at, min(at + length, seconds), stress))
+        at += length
+        if at >= seconds:
+            break
+    if at < seconds:
+        segments.append(("_", at, seconds, 0.0))
+    return segments
+
+
+def make_speech(rng, seconds, voice=None, phonemes=None, motion_rng=None, silence_share=.03):
+    """Speech of `seconds`: exactly round(16000 s) samples and round(25 s) frames.
+
+    `phonemes` says what (a list of symbols; else random); another `motion_rng` moves the lips
+    differently for the same sound's phonemes and times. A share of clips is silent throughout.
+    """
+    own = np.random.default_rng(rng.integers(2 ** 63))
+    motion_rng = motion_rng or own
+    voice = voice or random_voice(rng)
+    if rng.random() < silence_share:
+        said = [("_", 0.0)]
+    elif phonemes is None:
+        said = random_phonemes(rng, int(seconds * 16) + 8)
+    else:
+        said = [(p, 0.0) for p in phonemes]
+    segments = give_times(rng, said, voice, seconds)
+    sound = synthesise(rng, segments, voice, round(seconds * media.RATE))
+    return Speech(sound, *move_lips(motion_rng, segments, seconds), segments, voice)
+
+
+# ---- lips ----------------------------------------------------------------------------------------
+
+def move_lips(rng, segments, seconds):
+    """Articulator tracks with coarticulation. -> lips (N, 4) float32, stress (N,) at frame centres.
+
+    Each phoneme pulls towards its targets with a strength that decays from its middle, so that
+    neighbours blend (after Cohen and Massaro, 1993); closed lips then stay closed for their time.
+    """
+    m = round(seconds * CONTROL) + 1
+    time = np.arange(m) / CONTROL
+    total, weight = np.full((m, 4), 1e-3) * REST, np.full((m, 1), 1e-3)
+    open_to, stress = np.ones(m), np.zeros(m)
+    for phoneme, start, end, accent in segments:
+        p, middle = PHONEMES[phoneme], (start + end) / 2
+        target = np.array(p.lips)
+        if phoneme not in SILENT:
+            target = target * np.exp(rng.normal(0, .10, 4)) + rng.normal(0, .02, 4)
+            target[0] *= 1 + .25 * (accent - .3) * (phoneme in VOWELS)
+        shift = rng.normal(0, .006)
+        near = slice(*np.searchsorted(time, (start - .25, end + .25)))
+        away = np.maximum(np.abs(time[near] - middle - shift) - .35 * (end - start), 0)
+        pull = p.pull * np.exp(-away / .035)[:, None]
+        total[near] += pull * target
+        weight[near] += pull
+        if phoneme in SILENT and end - start > .12:
+            open_to = np.minimum(open_to, _away_from(time, start + .07, end - .05, .06))
+        elif p.lips_shut:
+            open_to = np.minimum(open_to, _away_from(time, start, start + _closed(p, start, end), .045))
+        elif accent and phoneme in VOWELS:
+            stress = np.maximum(stress, accent * np.exp(-.5 * ((time - middle) / .09) ** 2))
+    lips = total / weight
+    lips[:, 0] *= open_to
+    lips[:, 3] *= open_to
+    at = (np.arange(round(seconds * media.FPS)) + .5) / media.FPS
+    lips = np.stack([np.interp(at, time, lips[:, k]) for k in range(4)], 1)
+    return np.clip(lips, 0, 1.1).astype(np.float32), np.interp(at, time, stress).astype(np.float32)
+
+
+def _closed(phoneme, start, end):
+    """Seconds for which a closure lasts: two frames for lips, so that a video can show it."""
+    return max(phoneme.closure * (end - start), .08 if phoneme.lips_shut else 0)
+
+
+def _away_from(time, start, end, ramp):
+    """0 between start and end, rising smoothly to 1 within `ramp` seconds on both sides."""
+    away = np.clip(np.maximum(start - time, time - end) / ramp, 0, 1)
+    return away * away * (3 - 2 * away)
+
+
+# ---- sound ---------------------------------------------------------------------------------------
+
+def synthesise(rng, segments, voice, samples):
+    """Source and filter, without a loop over samples. -> (T,) float32.
+
+    A pulse train and white noise are cut into overlapping windows; each window's spectrum is
+    multiplied by its phoneme's formants or noise band, and all are added up again.
+    """
+    m = samples // HOP + 1 + WINDOW // HOP
+    tracks = _controls(rng, segments, voice, m)
+    pitch = np.interp(np.arange(m * HOP) / HOP, np.arange(m), tracks["pitch"])
+    phase = 2 * np.pi * np.cumsum(pitch) / media.RATE
+    count = int(7400 / pitch.max())                              # harmonics below 7.4 kHz
+    half = np.sin(phase / 2)
+    half = np.where(np.abs(half) < 1e-6, 1e-6, half)
+    pulses = np.sin((count + .5) * phase) / (2 * half) - .5      # sum of cos(k phase), k = 1..count
+    hiss = rng.standard_normal(m * HOP)
+
+    f = np.fft.rfftfreq(WINDOW, 1 / media.RATE)
+    formants = _resonances(f, tracks["formants"])                # (M, F)
+    source = (np.maximum(f, 60) / 120) ** -voice.tilt            # falls with frequency
+    centre, width, level = tracks["noise"].T[..., None]          # (M, 1)
+    band = level * np.exp(-.5 * ((f - centre) / width) ** 2)
+    voiced = tracks["voice"][:, None] * formants * source
+    # while the tract is shut only the low murmur of the voice gets out
+    voiced *= 1 - tracks["shut"][:, None] * (1 - .5 * np.exp(-(f / 280) ** 2))
+    breath = tracks["breath"][:, None] * formants * .012
+    sound = _filtered(pulses, voiced) * .06 + _filtered(hiss, band * .35 + breath)
+    loudness = np.interp(np.arange(len(sound)) / HOP, np.arange(m), tracks["loudness"])
+    sound = (sound * loudness)[WINDOW // 2:][:samples]
+    return np.tanh(sound).astype(np.float32)
+
+
+def _controls(rng, segments, voice, m):
+    """Every parameter of the synthesizer at M control points, smoothed as a mouth would."""
+    time = (np.arange(m) - WINDOW / HOP / 2) / CONTROL + WINDOW / media.RATE / 2
+    kept = [s for s in segments if s[2] > s[1]]
+    starts = np.array([s[1] for s in kept])
+    which = np.clip(np.searchsorted(starts, time, "right") - 1, 0, len(kept) - 1)
+    table = [PHONEMES[s[0]] for s in kept]
+
+    def column(values):
+        return np.array(values, dtype=np.float64)[which]
+    ends, since = column([s[2] for s in kept]), time - starts[which]
+    shut = column([_closed(p, s[1], s[2]) for p, s in zip(table, kept)])
+    is_shut = (since < shut) & (time < ends)
+    is_stop = column([0 < p.closure < 1 for p in table]) > 0
+    burst = is_stop & (since >= shut) & (since < shut + .025)
+    sounds = ~is_stop | ~is_shut
+    noise = column([p.noise for p in table])
+    noise[:, 2] *= np.where(is_stop, burst, 1.0)
+    nasal = column([p.closure == 1 for p in table]) > 0
+    accent = column([s[3] for s in kept])
+    drift = np.convolve(rng.standard_normal(m + 120), np.hanning(121) / 7.7, "valid")[:m]
+    octaves = voice.melody * (.8 * _smooth(accent, 31) + drift - .25 * (time / 3 % 1))
+    octaves += .006 * rng.standard_normal(m)                     # jitter
+    return {
+        "pitch": voice.pitch * 2 ** octaves,
+        "formants": np.stack([_smooth(c, 13) for c in column([p.formants for p in table]).T], 1)
+        / voice.tract,
+        "voice": _smooth(column([p.voice for p in table]) * (time < kept[-1][2]), 7),
+        "noise": np.concatenate([noise[:, :2], _smooth(noise[:, 2], 5)[:, None]], 1),
+        "breath": _smooth((column([p.breath for p in table]) * sounds + voice.breath
+                           * (column([p.voice for p in table]) > 0)), 5),
+        "shut": _smooth(np.where(nasal, .55, is_shut & is_stop), 5),
+        "loudness": voice.loudness * np.exp(.35 * drift + .25 * _smooth(accent, 21)),
+    }
+
+
+def _smooth(track, points):
+    """Weighted mean over neighbouring control points."""
+    window = np.hanning(points + 2)[1:-1]
+    padded = np.pad(track.astype(np.float64), points // 2, mode="edge")
+    return np.convolve(padded, window / window.sum(), "valid")
+
+
+def _resonances(f, formants):
+    """Gain of a cascade of five formants at frequencies f. formants (M, 3) -> (M, F)."""
+    upper = np.array([3500., 4500.]) * formants[:, 2:].mean() / 2500
+    every = np.concatenate([formants, np.broadcast_to(upper, (len(formants), 2))], 1)[..., None]
+    width = 50 + .035 * every
+    gain = every ** 2 / np.sqrt((f ** 2 - every ** 2) ** 2 + (f * width) ** 2)
+    return gain.prod(1)
+
+
+def _filtered(wave, gains):
+    """Multiply each short-time spectrum by its gains, and overlap-add. (T',), (M, F) -> (T',)"""
+    m = len(gains) - WINDOW // HOP
+    window = np.hanning(WINDOW + 1)[:-1]
+    index = np.arange(m)[:, None] * HOP + np.arange(WINDOW)
+    spectra = np.fft.rfft(wave[index] * window, axis=1) * gains[:m]
+    pieces = np.fft.irfft(spectra, axis=1) * window
+    made = np.zeros(len(wave))
+    for k in range(WINDOW // HOP):                               # hops overlap in four layers
+        layer = pieces[k::WINDOW // HOP].ravel()
+        made[k * HOP:k * HOP + len(layer)] += layer
+    return made / 1.5
+
+
+def augment(sound, rng):
+    """A room, an equaliser, noise and a level, each at random. (T,) -> (T,) float32."""
+    n = 1 << (len(sound) + media.RATE // 2).bit_length()
+    spectrum = np.fft.rfft(sound, n)
+    f = np.fft.rfftfreq(n, 1 / media.RATE)
+    if rng.random() < .5:                                        # echoes that die away
+        t = np.arange(media.RATE // 2) / media.RATE
+        room = rng.standard_normal(len(t)) * np.exp(-t / rng.uniform(.02, .09))
+        room *= rng.uniform(.1, .5) / np.sqrt((room ** 2).sum())
+        room[0] += 1
+        spectrum = spectrum * np.fft.rfft(room, n)
+    if rng.random() < .6:                                        # a smooth gain over frequency
+        at = np.array([0, 200, 600, 1500, 3500, 8000])
+        spectrum = spectrum * 10 ** (np.interp(f, at, rng.uniform(-8, 8, 6)) / 20)
+    made = np.fft.irfft(spectrum, n)[:len(sound)]
+    if rng.random() < .6:                                        # noise, white to brown
+        noise = np.fft.rfft(rng.standard_normal(n)) / np.maximum(f, 40) ** rng.uniform(0, 1)
+        noise = np.fft.irfft(noise, n)[:len(sound)]
+        level = max(np.sqrt((made ** 2).mean()), 1e-3) * 10 ** (-rng.uniform(8, 40) / 20)
+        made = made + noise * level / np.sqrt((noise ** 2).mean())
+    made = made * 10 ** (rng.uniform(-12, 6) / 20)
+    return np.clip(made, -1, 1).astype(np.float32)
+
+
+# ---- espeak-ng -----------------------------------------------------------------------------------
+
+IPA = {"i": "i", "ɪ": "I", "ᵻ": "I", "y": "u", "e": "e", "ɛ": "E", "æ": "A", "a": "a", "ɑ": "a",
+       "ɐ": "V", "ʌ": "V", "ə": "@", "ɜ": "3", "ɚ": "3", "o": "o", "ɔ": "O", "ɒ": "O", "ʊ": "U",
+       "u": "u", "ø": "o", "œ": "O", "p": "p", "b": "b", "m": "m", "f": "f", "v": "v", "t": "t",
+       "d": "d", "n": "n", "k": "k", "ɡ": "g", "g": "g", "ŋ": "N", "ɲ": "n", "s": "s", "z": "z",
+       "ʃ": "S", "ʒ": "Z", "ç": "S", "θ": "T", "ð": "D", "h": "h", "x": "h", "l": "l", "ɫ": "l",
+       "r": "r", "ɹ": "r", "ɾ": "d", "ʁ": "r", "w": "w", "j": "j", "ʔ": "t", "β": "b"}
+_MARKS = "ˈˌːˑ̩̃ʲʰ͡-"
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_uint), ("text", ctypes.c_int),
+                ("length", ctypes.c_int), ("milliseconds", ctypes.c_int), ("sample", ctypes.c_int),
+                ("user", ctypes.c_void_p), ("name", ctypes.c_char * 8)]
+
+
+_library = None
+
+
+def _espeak_library():
+    """(library, sample rate), loaded once; UserError where there is none."""
+    global _library
+    if _library is None:
+        try:
+            import espeakng_loader
+            path, folder = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+        except ImportError:
+            path, folder = ctypes.util.find_library("espeak-ng"), None
+        if not path:
+            raise media.UserError("espeak-ng is not installed: pip install -r requirements-train.txt")
+        library = ctypes.cdll.LoadLibrary(str(path))
+        data = str(Path(folder).parent).encode() if folder else None
+        rate = library.espeak_Initialize(2, 0, data, 0x8003)     # synchronous, phonemes in IPA
+        if rate <= 0:
+            raise media.UserError("espeak-ng does not start: its data files are missing")
+        _library = library, rate
+    return _library
+
+
+def espeak(text, voice="en", seed=0):
+    """A sentence spoken by espeak-ng; its phoneme times move the lips. UserError without espeak-ng,
+    for an unknown voice, and for a text in which nothing can be spoken."""
+    library, rate = _espeak_library()
+    if library.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise media.UserError(f"espeak-ng has no voice {voice!r}")
+    pieces, heard = [], []
+
+    def receive(wave, count, events):
+        if wave and count > 0:
+            pieces.append(np.ctypeslib.as_array(wave, (count,)).copy())
+        k = 0
+        while events[k].type:
+            if events[k].type == 7:
+                heard.append((events[k].name.decode("utf-8", "ignore"), events[k].milliseconds / 1000))
+            k += 1
+        return 0
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
+                            ctypes.POINTER(_Event))
+    callback = kind(receive)
+    library.espeak_SetSynthCallback(callback)
+    encoded = text.encode()
+    library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, 1, None, None)
+    library.espeak_Synchronize()
+    if not pieces or not any(set(name) & set(IPA) for name, _ in heard):
+        raise media.UserError(f"{text!r}: espeak-ng finds nothing to say in it")
+    sound = _resample(np.concatenate(pieces).astype(np.float32) / 32768, rate)
+    segments = _segments(heard, len(sound) / media.RATE)
+    lips, stress = move_lips(np.random.default_rng(seed), segments, len(sound) / media.RATE)
+    return Speech(sound, lips, stress, segments)
+
+
+def _segments(heard, seconds):
+    """espeak's phoneme names and start times -> segments in the table's symbols."""
+    segments, ends = [], [start for _, start in heard[1:]] + [seconds]
+    for (name, start), end in zip(heard, ends):
+        symbols = [IPA.get(c, "@") for c in name if c not in _MARKS and c.isalpha()] or ["_"]
+        accent = .9 if "ˈ" in name else .5 if "ˌ" in name else 0.0
+        step = max(end - start, 0) / len(symbols)
+        segments += [(s, start + k * step, start + (k + 1) * step, accent)
+                     for k, s in enumerate(symbols)]
+    return segments
+
+
+def _resample(wave, rate):
+    """To 16 kHz through the spectrum of the whole."""
+    count = round(len(wave) * media.RATE / rate)
+    spectrum = np.fft.rfft(wave)[:count // 2 + 1]
+    return (np.fft.irfft(spectrum, count) * count / len(wave)).astype(np.float32)
+
+
+def main(argv=None):
+    parser = media.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=3, help="which voice and phonemes")
+    parser.add_argument("--seconds", type=float, default=4, help="length")
+    parser.add_argument("--say", metavar="TEXT", help="speak a sentence (needs espeak-ng)")
+    parser.add_argument("--out", default="voice.wav", help="sound to write")
+    args = parser.parse_args(argv)
+    speech = espeak(args.say) if args.say else make_speech(np.random.default_rng(args.seed),
+                                                           args.seconds, silence_share=0)
+    media.write_sound(args.out, speech.sound)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    media.run(main)
