@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import media
 import toy
 import training
-from detector_pictures import make_batch, pool_item
+from detector_pictures import drawn_points, held_out_frames, make_batch, pool_item
 from landmarks import POINTS, crop_box, point_error
 
 SURE = .5                       # a picture whose confidence is above this holds a drawn face
@@ -113,14 +113,7 @@ class Detector(nn.Module):
 
 def load(path=SHIPPED, device="cpu"):
     """The detector of a checkpoint, ready to look."""
-    held = training.load(path)
-    try:
-        model = Detector(DetectorConfig(**held["config"]))
-        weights = {k: v.float() for k, v in held["weights"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise media.UserError(f"{path}: not a detector; make one with `python detector.py`"
-                              ) from error
-    return training.load_weights(model, weights, path).to(device).eval()
+    return training.load_model(Detector, DetectorConfig, path, device)[0]
 
 
 # ---- looking -------------------------------------------------------------------------------------
@@ -261,29 +254,6 @@ def loss_terms(model, pictures, points, counts, face):
     return px, spot, certain
 
 
-def held_out_frames(clips=64, frames=4, seconds=4.0):
-    """Frames of the frozen held-out heads, framed as sample.py frames: pictures and points."""
-    pictures, points = [], []
-    for k in tqdm(range(clips), "held-out heads", leave=False):
-        clip = toy.make_clip(k, seconds, held_out=True)
-        shown = np.linspace(0, len(clip) - 1, frames).astype(int)
-        pictures.append(clip.frames(shown))
-        points.append(clip.landmarks[shown])
-    return np.concatenate(pictures), np.concatenate(points)
-
-
-def drawn_points(pictures, points):
-    """Pictures with a dot at every point found."""
-    sheets = []
-    for picture, p in zip(pictures, points):
-        image = Image.fromarray(picture).resize((256, 256), Image.Resampling.BICUBIC)
-        pen = ImageDraw.Draw(image)
-        for x, y in (p * 2 + .5).tolist():
-            pen.ellipse([x - 1.5, y - 1.5, x + 1.5, y + 1.5], "#00ff60", "#003010")
-        sheets.append(np.asarray(image))
-    return media.grid(np.stack(sheets), 4)
-
-
 def arguments(argv):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", default="runs/detector", help="folder of the run; again: go on")
@@ -291,7 +261,7 @@ def arguments(argv):
     p.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
     p.add_argument("--minutes", type=float, help="budget in minutes (default: 10)")
     p.add_argument("--seed", type=int, default=0, help="of weights, heads and draws")
-    p.add_argument("--identities", type=int, default=3000, help="rendered heads, six pictures each")
+    p.add_argument("--identities", type=int, default=2000, help="rendered heads, six pictures each")
     p.add_argument("--workers", type=int, default=None, help="rendering processes")
     p.add_argument("--batch", type=int, default=16, help="pictures a step")
     p.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate")
@@ -302,8 +272,9 @@ def arguments(argv):
     if args.batch < 4 or args.identities < 1 or args.every < 1 or args.seed < 0:
         raise media.UserError("detector.py wants --batch of at least 4, --identities and --every "
                               "of at least 1, and a --seed that is not negative")
-    if not args.steps and args.minutes is None:
+    if args.steps is None and args.minutes is None:
         args.minutes = 10.0
+    training.Budget(args.steps, args.minutes)                   # refuses what is none
     return args
 
 
@@ -359,7 +330,7 @@ def main(argv=None):
                 tqdm.write(f"step {step}: {terms['unseen']:.2f} px on held-out heads")
             drawn = [x.to(device) for x in ahead(step)]
             drawn[0] = drawn[0].contiguous(memory_format=torch.channels_last)
-            terms["lr"] = training.rate_factor("trapezoid", step, share, 100)
+            terms["lr"] = training.rate_factor("trapezoid", step, share, 50)
             training.set_rate(optimisers, terms["lr"])
             with training.autocast(device, dtype):
                 px, heat, sure = loss_terms(model, *drawn)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 import media
 import toy
@@ -137,3 +138,26 @@ def make_batch(pool, seed, step, size):
     face[:size // 4] = 0
     inside[:size // 4] = False
     return pictures, points, inside.float(), face
+
+
+def held_out_frames(clips=64, frames=4, seconds=4.0):
+    """Frames of the frozen held-out heads, framed as sample.py frames: pictures and points."""
+    pictures, points = [], []
+    for k in tqdm(range(clips), "held-out heads", leave=False):
+        clip = toy.make_clip(k, seconds, held_out=True)
+        shown = np.linspace(0, len(clip) - 1, frames).astype(int)
+        pictures.append(clip.frames(shown))
+        points.append(clip.landmarks[shown])
+    return np.concatenate(pictures), np.concatenate(points)
+
+
+def drawn_points(pictures, points):
+    """Pictures with a dot at every point found."""
+    sheets = []
+    for picture, p in zip(pictures, points):
+        image = Image.fromarray(picture).resize((256, 256), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(image)
+        for x, y in (p * 2 + .5).tolist():
+            pen.ellipse([x - 1.5, y - 1.5, x + 1.5, y + 1.5], "#00ff60", "#003010")
+        sheets.append(np.asarray(image))
+    return media.grid(np.stack(sheets), 4)
