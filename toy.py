@@ -140,15 +140,15 @@ def gaze(rng, n):
 def make_motion(rng, n, speech=None):
     """The whole motion of a clip of n frames: lips from the speech, the rest its own."""
     stress = np.zeros(n) if speech is None else _fit(speech.stress, n)
-    nod = np.convolve(stress, np.exp(-.5 * (np.arange(-6, 7) / 2.5) ** 2) / 6.3, "same")
+    nod = np.convolve(stress, np.exp(-.5 * (np.arange(-6, 7) / 2.5) ** 2) / 6.3)[6:6 + n]
     pose = rng.normal(0, (4, 6, 3), 3) + wander(rng, n, .9, 3) * (2.6, 4.5, 2.6)
     pose += wander(rng, n, .3, 3) * (.7, 1.0, .6)
     pose[:, 0] -= rng.uniform(4, 9) * nod
     pose[:, 2] += rng.choice([-1, 1]) * rng.uniform(0, 3) * nod
-    spread = pose[:, 1].std()
-    if 0 < spread < 4:                                          # every clip turns its head a little
-        pose[:, 1] = pose[:, 1].mean() + (pose[:, 1] - pose[:, 1].mean()) * 4 / spread
     pose = 32 * np.tanh(pose / 32)
+    mean, spread = pose[:, 1].mean(), pose[:, 1].std()
+    if n > 1 and spread < 4:                                    # every clip turns its head a little
+        pose[:, 1] = mean + (pose[:, 1] - mean) * 4 / spread
 
     e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
     if speech is not None:
