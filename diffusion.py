@@ -1,0 +1,401 @@
+"""Speech to motion: the VP-SDE, its samplers, and the model S, A, P (sec. 4.3, eq. 5-8).
+
+    speech z^s ── A ──(+ pose x^p)──► S(z_t, t, ·, z^m(i)) ──► ẑ_0      one motion latent a frame
+                  └── P ──► x̂^p                                        head poses
+
+Letters: B batch, N frames, D width, d_s speech features, h w motion latent. Motion is (B, N, 3, h, w)
+of posterior means, normalised per channel; poses are degrees (pitch, yaw, roll).
+
+Departures from the paper, or choices where it is silent:
+1. beta is linear from 0.1 to 20, as in Song et al. (2021).
+2. The reference is attended to as h w tokens; repeating one vector would make attention a linear map.
+3. Speech and pose are dropped in a share of the training steps: pose may then be left free.
+4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
+   they enter the network unharmed with a flag and are left out of the loss; z_t is never overwritten.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conformer import Conformer
+
+LAST = 1e-3                      # solvers go from t = 1 to here, then ẑ_0 is the result
+DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .2, .5          # shares of training samples
+POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
+
+
+# ---- the SDE, eq. 5 ------------------------------------------------------------------------------
+
+def like(coefficient, z):
+    """Shape (B,) coefficients to be multiplied with z (B, ...): (B, 1, ...)."""
+    coefficient = coefficient.view(-1, *[1] * (z.ndim - 1))
+    assert coefficient.shape[0] in (1, len(z)), "one coefficient a sample"
+    return coefficient.to(z.dtype)
+
+
+@dataclass(frozen=True)
+class VPSDE:
+    """dz = -1/2 beta z dt + sqrt(beta) dw, eq. 5, with beta(t) = beta_0 + t (beta_1 - beta_0)."""
+    beta_0: float = .1
+    beta_1: float = 20.0
+
+    def beta(self, t):
+        return self.beta_0 + t * (self.beta_1 - self.beta_0)
+
+    def marginal(self, t):
+        """alpha, sigma of p(z_t | z_0) = N(alpha z_0, sigma^2), the solution of eq. 5."""
+        log_alpha = -t ** 2 * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def half_log_snr(self, t):
+        """log(alpha / sigma), which falls from about +4.5 to -5."""
+        alpha, sigma = self.marginal(t)
+        return alpha.log() - sigma.log()
+
+    def time_of(self, half_log_snr):
+        """Inverse of `half_log_snr`."""
+        log_alpha = -F.softplus(-2 * half_log_snr) / 2
+        slope = self.beta_1 - self.beta_0
+        return (-self.beta_0 + (self.beta_0 ** 2 - 4 * slope * log_alpha).sqrt()) / slope
+
+    def perturb(self, z_0, t, noise):
+        """Draw z_t ~ p(z_t | z_0). z_0, noise (B, N, ...); t (B,)."""
+        alpha, sigma = self.marginal(t)
+        return like(alpha, z_0) * z_0 + like(sigma, z_0) * noise
+
+    def score(self, z_hat_0, z_t, t):
+        """grad log p_t(z_t) from the network's ẑ_0: (alpha ẑ_0 - z_t) / sigma^2."""
+        alpha, sigma = self.marginal(t)
+        return (like(alpha, z_t) * z_hat_0 - z_t) / like(sigma, z_t) ** 2
+
+    def times(self, steps):
+        """steps + 1 times from 1 to LAST, uniform in log-SNR, float64."""
+        ends = self.half_log_snr(torch.tensor([1.0, LAST], dtype=torch.float64))
+        times = self.time_of(torch.linspace(*ends.tolist(), steps + 1, dtype=torch.float64))
+        times[0], times[-1] = 1.0, LAST
+        return times
+
+
+# ---- samplers: from z_1 to z at the last of the times --------------------------------------------
+# denoise(z, t (1,)) -> ẑ_0; one function a sampler; noise(z) draws what only eq. 6 needs
+
+def euler_maruyama(denoise, z, times, sde, noise=torch.randn_like):
+    """Eq. 6, the reverse SDE: weak order 1."""
+    for t, t_next in zip(times[:-1, None], times[1:, None]):
+        drift = -(z / 2 + sde.score(denoise(z, t), z, t)) * like(sde.beta(t), z)
+        spread = (sde.beta(t) * (t - t_next)).sqrt()
+        z = z + drift * like(t_next - t, z) + like(spread, z) * noise(z)      # eq. 6
+    return z
+
+
+def slope(denoise, z, t, sde):
+    """dz/dt of eq. 7, the probability flow."""
+    return -(z + sde.score(denoise(z, t), z, t)) * like(sde.beta(t), z) / 2   # eq. 7
+
+
+def euler(denoise, z, times, sde, noise=None):
+    """Eq. 7 by Euler's method: order 1."""
+    for t, t_next in zip(times[:-1, None], times[1:, None]):
+        z = z + slope(denoise, z, t, sde) * like(t_next - t, z)
+    return z
+
+
+def heun(denoise, z, times, sde, noise=None):
+    """Eq. 7 by Heun's method: order 2, two evaluations a step."""
+    for t, t_next in zip(times[:-1, None], times[1:, None]):
+        step, first = like(t_next - t, z), slope(denoise, z, t, sde)
+        z = z + step * (first + slope(denoise, z + step * first, t_next, sde)) / 2
+    return z
+
+
+def dpmpp_2m(denoise, z, times, sde, noise=None):
+    """Eq. 7 by DPM-Solver++ 2M (Lu et al., 2022): exact in the linear part, order 2 in ẑ_0."""
+    before, h_before = None, None
+    for t, t_next in zip(times[:-1, None], times[1:, None]):
+        h = sde.half_log_snr(t_next) - sde.half_log_snr(t)                    # > 0
+        z_hat_0 = denoise(z, t)
+        blend = z_hat_0
+        if before is not None:                                                # extrapolate ẑ_0
+            blend = z_hat_0 + like(h / (2 * h_before), z) * (z_hat_0 - before)
+        (_, sigma), (alpha_next, sigma_next) = sde.marginal(t), sde.marginal(t_next)
+        z = like(sigma_next / sigma, z) * z - like(alpha_next * torch.expm1(-h), z) * blend
+        before, h_before = z_hat_0, h
+    return z
+
+
+SAMPLERS = {"euler_maruyama": euler_maruyama, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+
+
+def solve(denoise, z_1, sampler="dpmpp_2m", steps=20, sde=VPSDE(), noise=torch.randn_like):
+    """Reverse diffusion: z_1 ~ N(0, 1) -> ẑ_0 at t = LAST."""
+    times = sde.times(steps).to(z_1.device)
+    z = SAMPLERS[sampler](denoise, z_1, times, sde, noise)
+    return denoise(z, times[-1:])
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """Sizes of S, A and P, and how long speech is cut for sampling."""
+    motion_size: int = 16        # h = w of z^m
+    motion_channels: int = 3
+    speech_features: int = 320   # d_s
+    width: int = 192             # D, the paper's d_hidden
+    layers: int = 4              # Conformer blocks, the paper's n_layer
+    heads: int = 4
+    times: int = 2               # how much wider the feed-forwards are inside
+    kernel: int = 15             # of the convolution modules, frames
+    token_width: int = 64        # of a reference token
+    speech_layers: int = 3       # of A
+    pose_width: int = 64         # of P
+    dropout: float = 0.0
+    window: int = 96             # frames sampled at once
+    prefix: int = 16             # of them, given: the last ones of the window before
+    ahead: int = 8               # of them, thrown away: they lack the speech that follows
+
+    @property
+    def values(self):
+        """Numbers in one frame's motion."""
+        return self.motion_channels * self.motion_size ** 2
+
+
+_PAPER = {"speech_features": 768, "heads": 8, "times": 4, "kernel": 31, "dropout": .1, "window": 250,
+          "prefix": 25, "ahead": 12}
+PRESETS = {
+    "toy": MotionConfig(),
+    "small": MotionConfig(**_PAPER, width=512, layers=6, token_width=512, pose_width=512),
+    "base": MotionConfig(**_PAPER, width=1280, layers=12, token_width=1280, pose_width=1280),
+    "large": MotionConfig(**_PAPER, width=2048, layers=12, token_width=2048, pose_width=2048),
+}                                # B.1: 180M, 600M and 1.2B parameters
+
+
+def preset(name, **changes):
+    return replace(PRESETS[name], **changes)
+
+
+class SpeechEncoder(nn.Module):
+    """A: features of a fixed extractor, adapted by a few convolutions. (B, N, d_s) -> (B, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.width
+        self.door = nn.Linear(config.speech_features, d)
+        self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(config.speech_layers))
+        self.mixes = nn.ModuleList(nn.Conv1d(d, d, 9, padding=4, groups=d) for _ in self.norms)
+        self.outs = nn.ModuleList(nn.Linear(d, d) for _ in self.norms)
+
+    def forward(self, speech, mask=None):
+        x = self.door(speech)                                                 # (B, N, D)
+        for norm, mix, out in zip(self.norms, self.mixes, self.outs):
+            x = x if mask is None else x * mask[..., None]
+            x = x + out(F.silu(mix(norm(x).mT * (1 if mask is None else mask[:, None])).mT))
+        return x
+
+
+class PosePredictor(nn.Module):
+    """P: several convolutions over A's output and the portrait's pose -> poses in degrees (B, N, 3).
+
+    It predicts the offset from the portrait's pose.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        w = config.pose_width
+        self.door = nn.Linear(config.width + 3, w)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(w, w, 5, padding=2 * d, dilation=d) for d in (1, 2, 4))
+        self.out = nn.Linear(w, 3)
+
+    def forward(self, speech, portrait_pose, mask=None):
+        start = portrait_pose[:, None].expand(-1, speech.shape[1], -1) / POSE_UNIT
+        x = self.door(torch.cat([speech, start.to(speech.dtype)], -1))        # (B, N, w)
+        for convolution in self.convolutions:
+            x = x if mask is None else x * mask[..., None]
+            x = x + convolution(F.silu(x).mT).mT
+        return portrait_pose[:, None] + POSE_UNIT * self.out(F.silu(x)).float()
+
+
+class MotionModel(nn.Module):
+    """S with A and P."""
+
+    not_hidden = ("door", "out", "speech_encoder.door", "pose_predictor")
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, d = config, config.width
+        self.speech_encoder, self.pose_predictor = SpeechEncoder(config), PosePredictor(config)
+        self.pose = nn.Linear(3, d)
+        self.no_pose, self.no_speech = (nn.Parameter(torch.randn(d) * .02) for _ in range(2))
+        self.token = nn.Linear(config.motion_channels, config.token_width)
+        self.position = nn.Parameter(torch.randn(config.motion_size ** 2, config.token_width) * .5)
+        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        self.door = nn.Linear(config.values + 1, d)
+        self.conformer = Conformer(config.layers, d, config.heads, config.times, config.kernel,
+                                   config.token_width, config.dropout)
+        self.out = nn.Linear(d, config.values)
+        nn.init.zeros_(self.out.weight)
+
+    def condition(self, speech, pose=None, mask=None, keep_speech=None, keep_pose=None):
+        """A's output, and the same with the pose added by a linear layer, conditions dropped.
+
+        speech (B, N, d_s), pose (B, N, 3) or None, keep_* (B,) bool -> two (B, N, D).
+        """
+        encoded = self.speech_encoder(speech, mask)                           # (B, N, D)
+        heard = encoded
+        if keep_speech is not None:
+            heard = torch.where(keep_speech[:, None, None], heard, self.no_speech.to(heard.dtype))
+        moved = self.no_pose.expand(encoded.shape)
+        if pose is not None:
+            asked = self.pose((pose / POSE_UNIT).to(heard.dtype))
+            moved = asked if keep_pose is None else \
+                torch.where(keep_pose[:, None, None], asked, moved.to(asked.dtype))
+        return encoded, heard + moved
+
+    def tokens(self, reference):
+        """The reference's positions as tokens: z^m(i) (B, 3, h, w) -> (B, h w, E)."""
+        return self.token(reference.flatten(2).mT) + self.position
+
+    def enter(self, z_t, t, prefix=None):
+        """The Conformer's input and the embedded time: (B, N, D), (B, D).
+
+        prefix: (clean motion (B, N, 3, h, w), which frames it gives (B, N) bool).
+        """
+        x, flag = z_t.flatten(2), z_t.new_zeros(*z_t.shape[:2], 1)            # (B, N, 3hw)
+        if prefix is not None:
+            clean, given = prefix
+            x = torch.where(given[..., None], clean.flatten(2), x)
+            flag = given[..., None].to(x.dtype)
+        return self.door(torch.cat([x, flag], -1)), self.time(embed_time(t, self.config.width))
+
+    def denoise(self, z_t, t, condition, tokens, prefix=None, mask=None):
+        """S of eq. 8: ẑ_0 (B, N, 3, h, w) from z_t, t (B,), `condition` and `tokens`."""
+        x, time = self.enter(z_t, t, prefix)
+        x = self.conformer(x, time, condition, tokens, mask)                  # (B, N, D)
+        return self.out(x).float().view(z_t.shape)
+
+    def forward(self, z_t, t, speech, reference, pose=None, prefix=None, mask=None):
+        """ẑ_0 in one call, every condition given anew."""
+        _, condition = self.condition(speech, pose, mask)
+        return self.denoise(z_t, t, condition, self.tokens(reference), prefix, mask)
+
+
+def embed_time(t, width):
+    """Sinusoids of 1000 t, so that t in [0, 1] turns them as whole steps would. (B,) -> (B, D)."""
+    f = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(10_000) / (width // 2)))
+    angle = 1000 * t[:, None].float() * f                                     # (B, D/2)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+# ---- training, eq. 8 -----------------------------------------------------------------------------
+
+def draw(seed, step, k, n, config):
+    """All that is random for sample k of a step: noise, time, prefix length, dropped conditions."""
+    rng = np.random.default_rng((seed, step, k, 1))
+    key = torch.Generator().manual_seed(int(rng.integers(2 ** 63)))
+    side = config.motion_size
+    longest = min(2 * config.prefix, n - 1)
+    prefix = int(rng.integers(1, longest + 1)) if rng.random() < HAS_PREFIX and longest > 0 else 0
+    return {"noise": torch.randn(n, config.motion_channels, side, side, generator=key),
+            "t": torch.tensor(rng.uniform(LAST, 1), dtype=torch.float32),
+            "given": torch.arange(n) < prefix,
+            "keep_speech": torch.tensor(rng.random() >= DROP_SPEECH),
+            "keep_pose": torch.tensor(rng.random() >= DROP_POSE)}
+
+
+def draw_batch(seed, step, samples, lengths, config):
+    """`draw` for several samples, padded to the longest and stacked."""
+    drawn = [draw(seed, step, k, n, config) for k, n in zip(samples, lengths)]
+    padded = ("noise", "given")
+    return {name: nn.utils.rnn.pad_sequence([d[name] for d in drawn], batch_first=True)
+            if name in padded else torch.stack([d[name] for d in drawn]) for name in drawn[0]}
+
+
+class Objective(nn.Module):
+    """Eq. 8 for one batch, with S, A and P inside, so that DDP can wrap it."""
+
+    def __init__(self, model, sde=VPSDE()):
+        super().__init__()
+        self.model, self.sde = model, sde
+
+    def forward(self, batch):
+        """batch: motion (B, N, 3, h, w), reference (B, 3, h, w), pose (B, N, 3), reference_pose
+        (B, 3), speech (B, N, d_s), mask (B, N), and what `draw_batch` gives -> dict of losses."""
+        b, model = batch, self.model
+        z_t = self.sde.perturb(b["motion"], b["t"], b["noise"])               # eq. 5
+        encoded, condition = model.condition(b["speech"], b["pose"], b["mask"], b["keep_speech"],
+                                             b["keep_pose"])
+        z_hat_0 = model.denoise(z_t, b["t"], condition, model.tokens(b["reference"]),
+                                (b["motion"], b["given"]), b["mask"])
+        pose = model.pose_predictor(encoded, b["reference_pose"], b["mask"])
+        counted = b["mask"] & ~b["given"]
+        error = (z_hat_0 - b["motion"]).square().mean((2, 3, 4))              # (B, N)
+        turned = ((pose - b["pose"]) / POSE_UNIT).square().mean(2)            # (B, N)
+        return {"motion": masked_mean(error, counted), "pose": masked_mean(turned, b["mask"])}
+
+
+def masked_mean(values, mask):
+    """Mean of the values that count. (B, N), (B, N) bool -> scalar."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def predict_pose(model, speech, portrait_pose):
+    """P on a whole speech: (B, N, d_s), portrait's pose (B, 3) -> (B, N, 3) degrees."""
+    return model.pose_predictor(model.speech_encoder(speech), portrait_pose)
+
+
+def windows(n, config):
+    """How n frames are cut: [(first frame sampled, first kept, end of kept, end of sampled)]."""
+    cuts, kept = [], 0
+    while kept < n:
+        first = max(0, kept - config.prefix)
+        end = min(n, first + config.window)
+        stop = end if end == n else end - config.ahead
+        cuts.append((first, kept, stop, end))
+        kept = stop
+    return cuts
+
+
+@torch.inference_mode()
+def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmpp_2m", steps=20,
+                  sde=VPSDE()):
+    """Motion for speech of any length, a window at a time.
+
+    speech (B, N, d_s), reference (B, 3, h, w) normalised, pose (B, N, 3) degrees or None: free;
+    one seed a row of the batch. Yields (B, n, 3, h, w), normalised, until N frames are out.
+    """
+    c, before = model.config, None
+    tokens = model.tokens(reference)
+    for k, (first, kept, stop, end) in enumerate(windows(speech.shape[1], c)):
+        shape = (end - first, c.motion_channels, c.motion_size, c.motion_size)
+        keys = [torch.Generator().manual_seed(_key(seed, k)) for seed in seeds]
+
+        def noise(_=None):
+            return torch.stack([torch.randn(shape, generator=key) for key in keys]).to(speech.device)
+        z_1, given = noise(), torch.arange(end - first, device=speech.device) < kept - first
+        prefix = None
+        if before is not None:
+            clean = F.pad(before, (0, 0) * 3 + (0, end - kept))               # (B, n, 3, h, w)
+            prefix = clean, given[None].expand(len(seeds), -1)
+        turned = None if pose is None else pose[:, first:end]
+        _, condition = model.condition(speech[:, first:end], turned)
+
+        def denoise(z, t):
+            return model.denoise(z, t.float().expand(len(z)), condition, tokens, prefix)
+        made = solve(denoise, z_1, sampler, steps, sde, noise)[:, kept - first:stop - first]
+        so_far = made if before is None else torch.cat([before, made], 1)
+        before = so_far[:, -c.prefix:]
+        yield made
+
+
+def _key(seed, window):
+    return int(np.random.SeedSequence((seed, window)).generate_state(1, np.uint64)[0] >> 1)
