@@ -33,7 +33,7 @@ import training
 from detector_pictures import drawn_points, held_out_frames, make_batch, pool_item
 from landmarks import POINTS, crop_box, point_error
 
-SURE = .5                       # a picture whose confidence is above this holds a drawn face
+SURE = .9                       # a picture whose confidence is above this holds a drawn face
 SHIPPED = Path(__file__).parent / "checkpoints" / "toy" / "detector.pt"
 LARGEST = 2048                  # longer sides are shrunk by a whole factor before looking
 
@@ -161,7 +161,7 @@ def find_in_crops(model, frames):
     return look(model, frames)[0]
 
 
-def find(model, picture, looks=3):
+def find(model, picture, looks=2):
     """Points (70, 2) in the picture's pixels, and how sure, 0..1. picture (H, W, 3) uint8.
 
     First the whole picture, then the crop that the answer before gives; the last look counts.

@@ -80,13 +80,15 @@ def faceless(pictures, heads, key):
 
     The last keeps an unsure answer for what is not a flat drawing. Two (n, 3, H, W) -> (n, ...).
     """
-    kind, size = torch.randint(4, (len(pictures), 1, 1, 1), generator=key), pictures.shape[-1]
-    noise = pink(len(pictures), size, key)
+    n, size = len(pictures), pictures.shape[-1]
+    kind = torch.randint(6, (n, 1, 1, 1), generator=key)        # 3, 4 and 5 are textured heads
+    noise, light = pink(n, size, key), F.avg_pool2d(pink(n, size, key), 31, 1, 15)
     tiles = heads.unflatten(3, (4, -1)).unflatten(2, (4, -1))            # (n, 3, 4, h, 4, w)
     tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, torch.randperm(16, generator=key)]
     shuffled = tiles.unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).reshape(heads.shape)
     soft = F.avg_pool2d(heads, 5, 1, 2, count_include_pad=False)
-    textured = .65 * soft + .45 * noise
+    weight = .1 + .4 * torch.rand(n, 1, 1, 1, generator=key)
+    textured = .8 * soft * (1 + .8 * light.mean(1, keepdim=True)) + .5 * light + weight * noise
     return torch.where(kind == 0, pictures, torch.where(
         kind == 1, noise, torch.where(kind == 2, shuffled, textured))).clamp(-1, 1)
 
