@@ -99,13 +99,13 @@ def load_wav2vec2(weights=None):
     """torchaudio's wav2vec 2.0 from a state dict; its sizes are read off the weights."""
     path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / WAV2VEC2_FILE
     if not path.is_file():
-        raise media.UserError(f"{path}: no wav2vec 2.0 weights there; download {WAV2VEC2_FILE} from "
+        raise media.UserError(f"{path}: no wav2vec 2.0 weights there; get {WAV2VEC2_FILE} from "
                               "download.pytorch.org/torchaudio/models and name it with --wav2vec2")
     try:
         import torchaudio
     except (ImportError, OSError) as error:
-        raise media.UserError("torchaudio does not import; install the version that belongs to your "
-                              f"torch: pip install -r requirements.txt ({error})") from error
+        raise media.UserError("torchaudio does not import; install the version that belongs to "
+                              f"your torch: pip install -r requirements.txt ({error})") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {k.removeprefix("model."): v for k, v in state.items() if not k.startswith("aux")}
@@ -132,7 +132,8 @@ def _sizes(state):
     hidden = state["encoder.transformer.layers.0.feed_forward.intermediate_dense.weight"].shape[0]
     return {
         "extractor_mode": "group_norm",
-        "extractor_conv_layer_config": [(c.shape[0], c.shape[2], s) for c, s in zip(convs, strides)],
+        "extractor_conv_layer_config":
+            [(c.shape[0], c.shape[2], stride) for c, stride in zip(convs, strides)],
         "extractor_conv_bias": f"{extractor}0.conv.bias" in state,
         "encoder_embed_dim": width, "encoder_projection_dropout": 0.0,
         "encoder_pos_conv_kernel": position.shape[2],

@@ -3,15 +3,15 @@
     speech z^s ── A ──(+ pose x^p)──► S(z_t, t, ·, z^m(i)) ──► ẑ_0      one motion latent a frame
                   └── P ──► x̂^p                                        head poses
 
-Letters: B batch, N frames, D width, d_s speech features, h w motion latent. Motion is (B, N, 3, h, w)
+Letters: B batch, N frames, D width, d_s speech features, h w latent. Motion is (B, N, 3, h, w): a row
 of posterior means, normalised per channel; poses are degrees (pitch, yaw, roll).
 
 Departures from the paper, or choices where it is silent:
 1. beta is linear from 0.1 to 20, as in Song et al. (2021).
-2. The reference is attended to as h w tokens; repeating one vector would make attention a linear map.
+2. The reference is attended to as h w tokens: attention to one repeated vector is a linear map.
 3. Speech and pose are dropped in a share of the training steps: pose may then be left free.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
-   they enter the network unharmed with a flag and are left out of the loss; z_t is never overwritten.
+   they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
 """
 from __future__ import annotations
 
@@ -166,8 +166,8 @@ class MotionConfig:
         return self.motion_channels * self.motion_size ** 2
 
 
-_PAPER = {"speech_features": 768, "heads": 8, "times": 4, "kernel": 31, "dropout": .1, "window": 250,
-          "prefix": 25, "ahead": 12}
+_PAPER = {"speech_features": 768, "heads": 8, "times": 4, "kernel": 31, "dropout": .1,
+          "window": 250, "prefix": 25, "ahead": 12}
 PRESETS = {
     "toy": MotionConfig(),
     "small": MotionConfig(**_PAPER, width=512, layers=6, token_width=512, pose_width=512),
@@ -200,7 +200,7 @@ class SpeechEncoder(nn.Module):
 
 
 class PosePredictor(nn.Module):
-    """P: several convolutions over A's output and the portrait's pose -> poses in degrees (B, N, 3).
+    """P: convolutions over A's output and the portrait's pose -> poses (B, N, 3) in degrees.
 
     It predicts the offset from the portrait's pose.
     """
@@ -380,7 +380,8 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
         keys = [torch.Generator().manual_seed(_key(seed, k)) for seed in seeds]
 
         def noise(_=None):
-            return torch.stack([torch.randn(shape, generator=key) for key in keys]).to(speech.device)
+            drawn = torch.stack([torch.randn(shape, generator=key) for key in keys])
+            return drawn.to(speech.device)
         z_1, given = noise(), torch.arange(end - first, device=speech.device) < kept - first
         prefix = None
         if before is not None:

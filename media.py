@@ -184,7 +184,7 @@ def _opened(path, kind):
     try:
         with av.open(str(path)) as container:
             streams = getattr(container.streams, kind)
-            if kind == "video":                                  # not a picture of a record's sleeve
+            if kind == "video":                                  # not a record's sleeve
                 streams = [s for s in streams if not _is_cover(s)]
             if not streams:
                 held = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
@@ -207,19 +207,19 @@ def read_sound(path, rate=RATE):
     """
     import av
     with _opened(path, "audio") as (container, stream):
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+        resampler = av.AudioResampler(format="fltp", rate=rate)      # all channels, then their mean
         pieces, start = [], None
         for frame in container.decode(stream):
             if start is None:
                 start = frame.time or 0.0
-            pieces += [f.to_ndarray()[0] for f in resampler.resample(frame)]
+            pieces += [f.to_ndarray().mean(0) for f in resampler.resample(frame)]
         if start is not None:
-            pieces += [f.to_ndarray()[0] for f in resampler.resample(None)]
+            pieces += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
         zero = _start_of_pictures(container, start or 0.0)
     sound = np.concatenate([np.zeros(0, np.float32), *pieces]).astype(np.float32)
     if not np.isfinite(sound).all():
         raise UserError(f"{path}: holds samples that are not numbers; export it again")
-    shift = round(((start or 0.0) - zero) * rate)                # late sound is padded, early is cut
+    shift = round(((start or 0.0) - zero) * rate)           # late sound is padded, early cut
     sound = np.pad(sound, (shift, 0)) if shift > 0 else sound[-shift:]
     if len(sound) < SHORTEST * rate:
         raise UserError(f"{path}: {len(sound) / rate:.2f} s of sound, at least {SHORTEST} s are "
@@ -294,7 +294,8 @@ class VideoWriter:
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.container = av.open(str(self.temporary), "w")
-            options = {"crf": "18", "preset": "veryfast", "bf": "0"} | ({"g": "1"} if self.intra else {})
+            options = {"crf": "18", "preset": "veryfast", "bf": "0"}
+            options |= {"g": "1"} if self.intra else {}
             self.video = self.container.add_stream("libx264", rate=FPS, options=options)
             height, width = self.size
             self.video.height, self.video.width = height + height % 2, width + width % 2

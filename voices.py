@@ -48,14 +48,19 @@ def _vowel(f1, f2, f3, *lips, seconds=.12):
 
 PHONEMES = {
     "_": Phoneme(.3, (500, 1500, 2500), tuple(REST), 2.0, voice=0),
-    # vowels                 F1   F2    F3    jaw width round upper
-    "i": _vowel(280, 2250, 2900, .20, .88, .00, .15), "I": _vowel(400, 1950, 2550, .28, .72, .00, .10),
-    "e": _vowel(530, 1850, 2500, .45, .70, .00, .15), "E": _vowel(610, 1750, 2450, .55, .70, .00, .20),
-    "A": _vowel(700, 1650, 2400, .72, .72, .00, .25), "a": _vowel(740, 1150, 2450, .92, .52, .00, .20),
-    "V": _vowel(620, 1220, 2400, .58, .50, .05, .15), "@": _vowel(500, 1450, 2450, .34, .50, .05, .08,
-                                                                 seconds=.07),
-    "3": _vowel(490, 1350, 1690, .34, .40, .35, .15), "o": _vowel(500, 850, 2400, .52, .26, .70, .12),
-    "O": _vowel(590, 900, 2420, .70, .30, .55, .15), "U": _vowel(440, 1050, 2250, .32, .30, .62, .10),
+    # vowels          F1    F2    F3    jaw width round upper
+    "i": _vowel(280, 2250, 2900, .20, .88, .00, .15),
+    "I": _vowel(400, 1950, 2550, .28, .72, .00, .10),
+    "e": _vowel(530, 1850, 2500, .45, .70, .00, .15),
+    "E": _vowel(610, 1750, 2450, .55, .70, .00, .20),
+    "A": _vowel(700, 1650, 2400, .72, .72, .00, .25),
+    "a": _vowel(740, 1150, 2450, .92, .52, .00, .20),
+    "V": _vowel(620, 1220, 2400, .58, .50, .05, .15),
+    "@": _vowel(500, 1450, 2450, .34, .50, .05, .08, seconds=.07),
+    "3": _vowel(490, 1350, 1690, .34, .40, .35, .15),
+    "o": _vowel(500, 850, 2400, .52, .26, .70, .12),
+    "O": _vowel(590, 900, 2420, .70, .30, .55, .15),
+    "U": _vowel(440, 1050, 2250, .32, .30, .62, .10),
     "u": _vowel(310, 870, 2250, .24, .14, .95, .10),
     # lips shut
     "p": Phoneme(.10, (300, 900, 2200), (0, .48, .05, 0), 3, 0, (900, 700, .30), .5, .75, True),
@@ -204,7 +209,8 @@ def move_lips(rng, segments, seconds):
         if phoneme in SILENT and end - start > .12:
             open_to = np.minimum(open_to, _away_from(time, start + .07, end - .05, .06))
         elif p.lips_shut:
-            open_to = np.minimum(open_to, _away_from(time, start, start + _closed(p, start, end), .045))
+            until = start + _closed(p, start, end)
+            open_to = np.minimum(open_to, _away_from(time, start, until, .045))
         elif accent and phoneme in VOWELS:
             stress = np.maximum(stress, accent * np.exp(-.5 * ((time - middle) / .09) ** 2))
     lips = total / weight
@@ -379,7 +385,7 @@ def _espeak_library():
         except ImportError:
             path, folder = ctypes.util.find_library("espeak-ng"), None
         if not path:
-            raise media.UserError("espeak-ng is not installed: pip install -r requirements-train.txt")
+            raise media.UserError("espeak-ng is missing: pip install -r requirements-train.txt")
         library = ctypes.cdll.LoadLibrary(str(path))
         data = str(Path(folder).parent).encode() if folder else None
         rate = library.espeak_Initialize(2, 0, data, 0x8003)     # synchronous, phonemes in IPA
@@ -403,7 +409,8 @@ def espeak(text, voice="en", seed=0):
         k = 0
         while events[k].type:
             if events[k].type == 7:
-                heard.append((events[k].name.decode("utf-8", "ignore"), events[k].milliseconds / 1000))
+                name = events[k].name.decode("utf-8", "ignore")
+                heard.append((name, events[k].milliseconds / 1000))
             k += 1
         return 0
     kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
