@@ -142,7 +142,8 @@ class Conformer(nn.Module):
     def __init__(self, layers, width, heads, times=4, kernel=15, token_width=64, dropout=0.0):
         super().__init__()
         self.blocks = nn.ModuleList(
-            ConformerBlock(width, heads, times, kernel, token_width, dropout) for _ in range(layers))
+            ConformerBlock(width, heads, times, kernel, token_width, dropout)
+            for _ in range(layers))
 
     def forward(self, x, time, speech, tokens, mask=None):
         for block in self.blocks:

@@ -3,7 +3,7 @@
     speech z^s ── A ──(+ pose x^p)──► S(z_t, t, ·, z^m(i)) ──► ẑ_0      one motion latent a frame
                   └── P ──► x̂^p                                        head poses
 
-Letters: B batch, N frames, D width, d_s speech features, h w latent. Motion is (B, N, 3, h, w): a row
+Letters: B batch, N frames, D width, d_s speech features, h w latent. Motion (B, N, 3, h, w) is made
 of posterior means, normalised per channel; poses are degrees (pitch, yaw, roll).
 
 Departures from the paper, or choices where it is silent:

@@ -123,10 +123,11 @@ def test_places_where_no_video_can_go(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix, codec", [("wav", "pcm_s16le"), ("mp3", "libmp3lame"), ("m4a", "aac"),
-                                           ("flac", "flac"), ("ogg", "libvorbis"), ("mkv", "pcm_f32le")])
+                                           ("flac", "flac"), ("ogg", "libopus"), ("mkv", "pcm_f32le")])
 @pytest.mark.parametrize("rate, layout", [(44100, "stereo"), (48000, "mono")])
 def test_sounds_of_many_kinds(tmp_path, suffix, codec, rate, layout):
     """A tone of one second keeps its length and pitch from every container, in mono and stereo."""
+    rate = 48000 if codec == "libopus" else rate
     path, t = tmp_path / f"a.{suffix}", np.arange(rate) / rate
     tone = .5 * np.sin(2 * np.pi * 440 * t)
     with av.open(str(path), "w") as container:
@@ -144,7 +145,7 @@ def test_sounds_of_many_kinds(tmp_path, suffix, codec, rate, layout):
     assert abs(len(sound) / SECOND - 1) < .08
     spectrum = np.abs(np.fft.rfft(sound[:SECOND // 2 * 2], SECOND))
     assert abs(int(spectrum.argmax()) - 440) <= 2
-    assert .4 < np.abs(sound[6000:12000]).max() < .6
+    assert abs(sound[4000:12000].std() - .5 / 2 ** .5) < .04
 
 
 def test_sounds_that_cannot_serve(tmp_path):
