@@ -152,8 +152,8 @@ class MotionConfig:
     heads: int = 4
     times: int = 2               # how much wider the feed-forwards are inside
     kernel: int = 15             # of the convolution modules, frames
-    token_width: int = 64        # of a reference token
-    speech_layers: int = 3       # of A
+    token_width: int = 32        # of a reference token
+    speech_layers: int = 2       # of A
     pose_width: int = 64         # of P
     dropout: float = 0.0
     window: int = 96             # frames sampled at once

@@ -25,14 +25,14 @@ import media
 import toy
 import training
 import vae as models
-from landmarks import BROWS, EYE_LEFT, EYE_RIGHT, MOUTH, draw, region_box
+from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, draw, region_box
 
 PAPER = {"optimiser": "adam", "lr": 4.5e-6, "betas": (.5, .9), "schedule": "constant", "batch": 8}
 RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
                    "batch": 16}, "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole picture's 1
-REGIONS = {"eye_left": (EYE_LEFT, .35), "eye_right": (EYE_RIGHT, .35), "mouth": (MOUTH, .4),
-           "brow_left": (slice(17, 22), .1), "brow_right": (slice(22, 27), .1)}
+REGIONS = {"eye_left": (EYE_LEFT, .18), "eye_right": (EYE_RIGHT, .18), "mouth": (MOUTH, .2),
+           "brow_left": (slice(17, 22), .05), "brow_right": (slice(22, 27), .05)}
 ADVERSARY_AT, DISCRIMINATOR_AT = .75, .70       # shares of the budget
 ADVERSARY_WEIGHT = .3
 COLUMNS = ["loss", "l1", "perceptual", "kl", "adversary", "discriminator", "real", "fake",

@@ -1,0 +1,111 @@
+"""The Conformer: padding, conditions, positions, any length."""
+import pytest
+import torch
+
+import conformer
+
+WIDTH, TOKEN = 16, 8
+
+
+def make(layers=2, **changes):
+    torch.manual_seed(0)
+    model = conformer.Conformer(layers, WIDTH, 2, 2, 5, TOKEN, **changes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def inputs(b=2, n=12, length=6):
+    torch.manual_seed(1)
+    return (torch.randn(b, n, WIDTH), torch.randn(b, WIDTH), torch.randn(b, n, WIDTH),
+            torch.randn(b, length, TOKEN))
+
+
+def test_padding_changes_no_valid_frame():
+    """Frames behind the mask may hold anything: attention and the convolution do not see them."""
+    model, (x, time, speech, tokens) = make(), inputs()
+    mask = torch.arange(12) < torch.tensor([[12], [7]])
+    other = x.clone()
+    other[1, 7:] += 5
+    a, b = (model(v, time, speech, tokens, mask) for v in (x, other))
+    torch.testing.assert_close(a[mask], b[mask])
+    alone = model(x[1:, :7], time[1:], speech[1:, :7], tokens[1:])
+    torch.testing.assert_close(a[1:, :7], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2, 3])
+def test_every_input_counts(changed):
+    """The result depends on the noisy motion, on time, on speech and on the reference's tokens."""
+    model, given = make(), inputs()
+    other = list(given)
+    other[changed] = other[changed] + .5 * torch.randn_like(other[changed])
+    assert (model(*given) - model(*other)).abs().max() > 1e-3
+
+
+def test_every_block_gets_every_condition():
+    """Time, speech and reference have gradients in each block of their own."""
+    model, given = make(3), inputs()
+    model(*given).square().sum().backward()
+    for block in model.blocks:
+        for layer in (block.time, block.speech, block.cross.kv, block.cross.q):
+            assert layer.weight.grad.abs().sum() > 0
+
+
+def test_speech_is_added_frame_by_frame():
+    """Without attention and convolution, speech at frame k changes frame k alone (sec. 4.3)."""
+    model, (x, time, speech, tokens) = make(1), inputs()
+    block = model.blocks[0]
+    torch.nn.init.zeros_(block.attention.out.weight)
+    torch.nn.init.zeros_(block.convolution.depthwise.weight)
+    other = speech.clone()
+    other[:, 4] += 1
+    moved = (model(x, time, speech, tokens) - model(x, time, other, tokens)).abs().sum((0, 2))
+    assert moved[4] > 1e-3 and moved[[k for k in range(12) if k != 4]].max() < 1e-6
+
+
+def test_attention_by_hand():
+    """Self-attention equals softmax(q k^T / sqrt(d) + bias) v, the bias read by clipped distance."""
+    torch.manual_seed(0)
+    layer = conformer.SelfAttention(WIDTH, 2, 0.0).eval()
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(1, 100, WIDTH)
+    q, k, v = layer.qkv(layer.norm(x)).chunk(3, -1)
+    out = []
+    for h in range(2):
+        part = slice(h * 8, h * 8 + 8)
+        scores = q[..., part] @ k[..., part].mT / 8 ** .5
+        distance = (torch.arange(100)[None] - torch.arange(100)[:, None]).clamp(-64, 64) + 64
+        out.append((scores + layer.bias[h][distance]).softmax(-1) @ v[..., part])
+    wanted = layer.out(torch.cat(out, -1))
+    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_reference_attention_sums_to_one_and_differs_by_frame():
+    """The weights that are shown are those that are used: each frame's sum to 1."""
+    model, given = make(), inputs()
+    for weights in model.reference_attention(*given):
+        assert weights.shape == (2, 2, 12, 6)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 12))
+    block, (x, time, speech, tokens) = model.blocks[0], given
+    above = block.before_cross(x, time, speech)
+    _, _, v = block.cross._ask(above, tokens)
+    wanted = block.cross.out(conformer.join(block.cross.weights(above, tokens) @ v))
+    torch.testing.assert_close(block.cross(above, tokens), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_longer_than_any_distance_it_knows():
+    """Three hundred frames run, and a shift in time shifts the result away from the ends."""
+    model, (x, time, speech, tokens) = make(), inputs(1, 300)
+    y = model(x, time, speech, tokens)
+    assert y.shape == (1, 300, WIDTH) and y.isfinite().all()
+
+
+def test_dropout_reaches_every_place_it_is_asked_for():
+    """In training each dropping layer makes the result random; in evaluation nothing does."""
+    model, given = make(dropout=.5), inputs()
+    torch.testing.assert_close(model(*given), model(*given))
+    for part in ("first", "attention", "cross", "convolution", "second"):
+        model.eval()
+        getattr(model.blocks[0], part).train()
+        assert (model(*given) - model(*given)).abs().max() > 1e-4

@@ -1,0 +1,339 @@
+"""The VP-SDE, its samplers and the motion model, against closed forms."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion
+from diffusion import LAST, VPSDE
+
+SDE = VPSDE()
+MEAN, SPREAD = .7, .5                     # data ~ N(MEAN, SPREAD^2): everything is known exactly
+TINY = diffusion.MotionConfig(motion_size=4, speech_features=10, width=16, layers=2, heads=2,
+                              kernel=5, token_width=8, pose_width=8, window=24, prefix=6, ahead=2)
+
+
+def of(values):
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def spread_at(t):
+    """Standard deviation of z_t for Gaussian data."""
+    alpha, sigma = SDE.marginal(of(t))
+    return (alpha ** 2 * SPREAD ** 2 + sigma ** 2).sqrt()
+
+
+def perfect(z, t):
+    """E[z_0 | z_t] for Gaussian data: the network that a perfect training would give."""
+    alpha, _ = (diffusion.like(v, z) for v in SDE.marginal(t))
+    gain = alpha * SPREAD ** 2 / diffusion.like(spread_at(t), z) ** 2
+    return MEAN + gain * (z - alpha * MEAN)
+
+
+def flow_map(z_1, t):
+    """Where eq. 7 carries z_1 exactly: alpha_t m + s_t / s_1 (z_1 - alpha_1 m)."""
+    alpha, alpha_1 = SDE.marginal(of(t))[0], SDE.marginal(of(1.0))[0]
+    return alpha * MEAN + spread_at(t) / spread_at(1.0) * (z_1 - alpha_1 * MEAN)
+
+
+# ---- the SDE -------------------------------------------------------------------------------------
+
+def test_marginals_are_those_of_the_simulated_sde():
+    """Eq. 5 simulated in 1,000 steps has the mean and the spread that `marginal` says, at every t."""
+    key, n = torch.Generator().manual_seed(0), 1000
+    z = torch.full((20_000,), 1.5, dtype=torch.float64)
+    for k in range(n):
+        t = of((k + .5) / n)
+        noise = torch.randn(z.shape, generator=key, dtype=torch.float64)
+        z = z - SDE.beta(t) * z / 2 / n + (SDE.beta(t) / n).sqrt() * noise           # eq. 5
+        if k + 1 in (100, 300, 1000):
+            alpha, sigma = SDE.marginal(of((k + 1) / n))
+            assert abs(z.mean() - 1.5 * alpha) < .03 and abs(z.std() - sigma) < .02
+
+
+def test_variance_is_preserved():
+    """alpha^2 + sigma^2 = 1; nothing is left of the data at t = 1, nothing of the noise at 0."""
+    alpha, sigma = SDE.marginal(torch.linspace(0, 1, 11, dtype=torch.float64))
+    torch.testing.assert_close(alpha ** 2 + sigma ** 2, torch.ones(11, dtype=torch.float64))
+    assert alpha[-1] < .01 and sigma[0] == 0
+
+
+def test_log_snr_and_its_inverse():
+    """time_of(half_log_snr(t)) = t; the grid is uniform in log-SNR from 1 to 1e-3."""
+    t = torch.linspace(.001, 1, 50, dtype=torch.float64)
+    torch.testing.assert_close(SDE.time_of(SDE.half_log_snr(t)), t)
+    times = SDE.times(20)
+    assert times[0] == 1 and times[-1] == LAST and len(times) == 21
+    steps = SDE.half_log_snr(times).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(20), atol=1e-6, rtol=1e-6)
+
+
+def test_score_from_z0_is_the_score_of_a_gaussian():
+    """With the exact ẑ_0, (alpha ẑ_0 - z) / sigma^2 is the gradient of log N(alpha m, s_t^2)."""
+    z = torch.randn(4, 3, dtype=torch.float64)
+    for t in (.05, .4, .9):
+        alpha, _ = SDE.marginal(of(t))
+        at = of([t])
+        torch.testing.assert_close(SDE.score(perfect(z, at), z, at),
+                                   -(z - alpha * MEAN) / spread_at(t) ** 2)
+
+
+def test_coefficients_meet_only_their_own_sample():
+    """(4,) coefficients on motion (4, 50, 16) scale samples; another count is refused."""
+    z = torch.ones(4, 50, 16)
+    made = diffusion.like(torch.arange(4.), z) * z
+    assert made.shape == z.shape and (made[2] == 2).all()
+    with pytest.raises(AssertionError):
+        diffusion.like(torch.arange(3.), z)
+
+
+# ---- the samplers --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_ode_samplers_follow_the_exact_flow(name, order):
+    """At t = 1e-3 each lands on the Gaussian's flow map, and its error falls with its order."""
+    z_1 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    wanted, errors = flow_map(z_1, LAST), []
+    for steps in (80, 160, 320):
+        made = diffusion.SAMPLERS[name](perfect, z_1, SDE.times(steps), SDE)
+        errors.append((made - wanted).abs().max().item())
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < (.02 if order == 1 else .001) and (abs(orders - order) < .3).all()
+
+
+def test_euler_maruyama_has_the_mean_and_variance_of_its_recursion():
+    """For Gaussian data eq. 6's steps are z <- a z + b + c noise: mean and variance are known."""
+    times, key = SDE.times(60), torch.Generator().manual_seed(0)
+
+    def noise(z):
+        return torch.randn(z.shape, generator=key, dtype=z.dtype)
+    z = torch.randn(40_000, 1, generator=key, dtype=torch.float64)
+    made = diffusion.euler_maruyama(perfect, z, times, SDE, noise)
+    mean, variance = 0.0, 1.0
+    for t, t_next in zip(times[:-1], times[1:]):
+        alpha, s, beta, h = SDE.marginal(t)[0], spread_at(t), SDE.beta(t), t - t_next
+        a = 1 + h * beta * (.5 - 1 / s ** 2)
+        mean = a * mean + h * beta * alpha * MEAN / s ** 2
+        variance = a ** 2 * variance + beta * h
+    assert abs(made.mean() - mean) < .02 and abs(made.var() - variance) < .02
+    assert abs(mean - MEAN) < .05 and abs(variance ** .5 - SPREAD) < .1
+
+
+@pytest.mark.parametrize("name", diffusion.SAMPLERS)
+def test_solve_draws_from_the_data(name):
+    """From noise, every sampler returns ẑ_0 with the data's mean and spread."""
+    torch.manual_seed(0)
+    made = diffusion.solve(perfect, torch.randn(8000, 1, dtype=torch.float64), name, 60)
+    assert abs(made.mean() - MEAN) < .05 and abs(made.std() - SPREAD) < .1
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+def tiny():
+    torch.manual_seed(0)
+    model = diffusion.MotionModel(TINY)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def batch(b=2, n=12):
+    torch.manual_seed(1)
+    return {"z_t": torch.randn(b, n, 3, 4, 4), "t": torch.rand(b), "speech": torch.randn(b, n, 10),
+            "reference": torch.randn(b, 3, 4, 4), "pose": 10 * torch.randn(b, n, 3)}
+
+
+@pytest.mark.parametrize("name", ["z_t", "t", "speech", "reference", "pose"])
+def test_the_result_depends_on(name):
+    """ẑ_0 changes with the noisy motion, with time, speech, reference and pose."""
+    model, given = tiny(), batch()
+    other = given | {name: given[name] + torch.randn_like(given[name])}
+    assert (model(**given) - model(**other)).abs().max() > 1e-4
+
+
+def test_times_embed_differently():
+    """t = 0.1 and t = 0.9 are far apart, and so are neighbouring percents."""
+    made = diffusion.embed_time(torch.tensor([.1, .9, .91]), 64)
+    assert made.shape == (3, 64)
+    assert (made[0] - made[1]).norm() > 3 and (made[1] - made[2]).norm() > 1
+
+
+def test_padding_changes_no_valid_frame():
+    """What stands behind the mask reaches neither ẑ_0 nor the predicted pose."""
+    model, given = tiny(), batch()
+    mask = torch.arange(12) < torch.tensor([[12], [7]])
+    other = {k: v.clone() for k, v in given.items()}
+    for name in ("z_t", "speech", "pose"):
+        other[name][1, 7:] += 3
+    a, b = (model(**g, mask=mask) for g in (given, other))
+    torch.testing.assert_close(a[mask], b[mask])
+    start = given["pose"][:, 0]
+    a, b = (model.pose_predictor(model.speech_encoder(g["speech"], mask), start, mask)
+            for g in (given, other))
+    torch.testing.assert_close(a[mask], b[mask])
+
+
+def test_dropped_conditions_are_replaced_by_learnt_ones():
+    """Where speech or pose is dropped, its values no longer matter and the learnt vector does."""
+    model, given = tiny(), batch()
+    no, yes = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    for keep, name, null in (((no, yes), "speech", "no_speech"), ((yes, no), "pose", "no_pose")):
+        def condition(g):
+            return model.condition(g["speech"], g["pose"], None, *keep)[1]
+        other = given | {name: given[name] + 1}
+        torch.testing.assert_close(condition(given), condition(other))
+        before = condition(given)
+        with torch.no_grad():
+            getattr(model, null).add_(1)
+        assert (condition(given) - before).abs().min() > .9
+    free = model.condition(given["speech"])[1]
+    torch.testing.assert_close(free, model.condition(given["speech"], given["pose"], None, yes, no)[1])
+
+
+def test_prefix_frames_enter_clean_and_flagged():
+    """Given frames of z_t are ignored, those of the prefix count; z_t itself is not changed."""
+    model, given = tiny(), batch()
+    clean, flags = torch.randn(2, 12, 3, 4, 4), (torch.arange(12) < 4).expand(2, -1)
+    before = given["z_t"].clone()
+    a = model(**given, prefix=(clean, flags))
+    assert torch.equal(given["z_t"], before)
+    noisy = given | {"z_t": before + 9 * flags[..., None, None, None]}
+    torch.testing.assert_close(a, model(**noisy, prefix=(clean, flags)))
+    assert (a - model(**given, prefix=(clean + 1, flags))).abs().max() > 1e-4
+    x, _ = model.enter(before, given["t"], (clean, flags))
+    y, _ = model.enter(torch.where(flags[..., None, None, None], clean, before), given["t"])
+    assert (x - y)[:, :4].abs().max() > 1e-4 and torch.equal(x[:, 4:], y[:, 4:])
+
+
+def test_poses_are_offsets_from_the_portraits():
+    """A portrait turned by ten degrees more starts from there: P adds to it."""
+    model, given = tiny(), batch()
+    torch.nn.init.zeros_(model.pose_predictor.out.weight)
+    torch.nn.init.zeros_(model.pose_predictor.out.bias)
+    start = torch.tensor([[10., -5., 2.], [0., 0., 0.]])
+    made = diffusion.predict_pose(model, given["speech"], start)
+    torch.testing.assert_close(made, start[:, None].expand(-1, 12, -1))
+
+
+def training_batch(b=4, n=16, samples=None):
+    torch.manual_seed(2)
+    held = {"motion": torch.randn(b, n, 3, 4, 4), "reference": torch.randn(b, 3, 4, 4),
+            "pose": 10 * torch.randn(b, n, 3), "reference_pose": torch.randn(b, 3),
+            "speech": torch.randn(b, n, 10), "mask": torch.ones(b, n, dtype=torch.bool)}
+    return held | diffusion.draw_batch(0, 5, samples or range(b), [n] * b, TINY)
+
+
+def test_the_loss_is_eq_8():
+    """Mean squares of ẑ_0 - z_0 over frames that are real and not given, and of the poses."""
+    model, held = tiny(), training_batch()
+    held["mask"][0, 12:] = False
+    assert held["given"].any()
+    losses = diffusion.Objective(model)(held)
+    z_t = SDE.perturb(held["motion"], held["t"], held["noise"])
+    _, condition = model.condition(held["speech"], held["pose"], held["mask"], held["keep_speech"],
+                                   held["keep_pose"])
+    z_hat = model.denoise(z_t, held["t"], condition, model.tokens(held["reference"]),
+                          (held["motion"], held["given"]), held["mask"])
+    counted = held["mask"] & ~held["given"]
+    wanted = (z_hat - held["motion"]).square()[counted].mean()
+    torch.testing.assert_close(losses["motion"], wanted)
+    pose = model.pose_predictor(model.speech_encoder(held["speech"], held["mask"]),
+                                held["reference_pose"], held["mask"])
+    wanted = (((pose - held["pose"]) / 10)[held["mask"]] ** 2).mean()
+    torch.testing.assert_close(losses["pose"], wanted)
+
+
+def test_draws_belong_to_the_sample_and_not_to_the_split():
+    """Samples 2 and 3 of a step draw the same on one process as on the second of two."""
+    whole = diffusion.draw_batch(7, 3, range(4), [9] * 4, TINY)
+    half = diffusion.draw_batch(7, 3, range(2, 4), [9] * 2, TINY)
+    for name in whole:
+        assert torch.equal(whole[name][2:], half[name])
+    other = diffusion.draw_batch(7, 4, range(4), [9] * 4, TINY)
+    assert not torch.equal(whole["noise"], other["noise"])
+
+
+def test_conditions_are_dropped_and_prefixes_given_at_their_shares():
+    """Over 2,000 samples: speech dropped in 10 %, pose in 20 %, a prefix in half of them."""
+    drawn = [diffusion.draw(0, s, 0, 8, TINY) for s in range(2000)]
+    shares = {k: np.mean([bool(d[k].any()) for d in drawn])
+              for k in ("keep_speech", "keep_pose", "given")}
+    assert abs(shares["keep_speech"] - .9) < .03 and abs(shares["keep_pose"] - .8) < .03
+    assert abs(shares["given"] - .5) < .04
+    t = np.array([float(d["t"]) for d in drawn])
+    assert t.min() >= LAST and abs(t.mean() - .5) < .03
+
+
+def test_it_learns_one_batch():
+    """Eighty steps on one batch bring the loss of eq. 8 down to less than a half."""
+    torch.manual_seed(0)
+    objective, held = diffusion.Objective(diffusion.MotionModel(TINY)), training_batch()
+    optimiser, losses = torch.optim.Adam(objective.parameters(), 5e-3), []
+    for _ in range(80):
+        optimiser.zero_grad()
+        loss = sum(objective(held).values())
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("n", [1, 7, 24, 25, 61, 300])
+def test_windows_cover_every_frame_once(n):
+    """Kept parts follow one another without gap; each window but the first sees its prefix."""
+    cuts = diffusion.windows(n, TINY)
+    assert [c[1] for c in cuts] == [0] + [c[2] for c in cuts[:-1]] and cuts[-1][2] == n
+    for first, kept, stop, end in cuts:
+        assert end - first <= TINY.window and first <= kept < stop <= end
+        assert kept == 0 or kept - first == TINY.prefix
+        assert end == n or end - stop == TINY.ahead
+
+
+def test_sampled_windows_hand_over_their_last_frames(monkeypatch):
+    """N frames come out, and each window's prefix is exactly the end of what came before."""
+    model, seen = tiny(), []
+    real = diffusion.MotionModel.denoise
+
+    def spy(self, z_t, t, condition, tokens, prefix=None, mask=None):
+        seen.append(prefix)
+        return real(self, z_t, t, condition, tokens, prefix, mask)
+    monkeypatch.setattr(diffusion.MotionModel, "denoise", spy)
+    torch.manual_seed(0)
+    parts = list(diffusion.sample_motion(model, torch.randn(2, 50, 10), torch.randn(2, 3, 4, 4), None,
+                                         [0, 1], steps=2))
+    made = torch.cat(parts, 1)
+    assert made.shape == (2, 50, 3, 4, 4)
+    clean, given = seen[3]                                        # the second window's first call
+    assert seen[0] is None and given[0].sum() == TINY.prefix
+    end = parts[0].shape[1]
+    torch.testing.assert_close(clean[:, :TINY.prefix], made[:, end - TINY.prefix:end])
+
+
+def test_seeds_decide():
+    """The same seed moves the same, whatever stands beside it in the batch; another moves otherwise."""
+    model, speech, reference = tiny(), torch.randn(1, 30, 10), torch.randn(1, 3, 4, 4)
+
+    def sample(seeds):
+        b = len(seeds)
+        return torch.cat(list(diffusion.sample_motion(
+            model, speech.expand(b, -1, -1), reference.expand(b, -1, -1, -1), None, seeds, steps=3)), 1)
+    pair = sample([3, 4])
+    torch.testing.assert_close(pair[:1], sample([3]), atol=1e-5, rtol=1e-4)
+    assert (pair[0] - pair[1]).abs().max() > 1e-3
+
+
+def test_presets_are_built_and_counted():
+    """Each preset is built without memory; the README's table shows these counts."""
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in diffusion.MotionModel(c).parameters())
+                  for name, c in diffusion.PRESETS.items()}
+    assert counts == {"toy": 3_485_139, "small": 52_417_843, "base": 607_376_995,
+                      "large": 1_550_609_251}
+
+
+def test_a_preset_takes_changes():
+    """`preset` keeps the row of the paper's table and changes what is named."""
+    made = diffusion.preset("small", motion_size=8)
+    assert made == dataclasses.replace(diffusion.PRESETS["small"], motion_size=8)
