@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -113,6 +114,7 @@ def arguments(argv):
     io.add_argument("--image", required=True, help="portrait: any picture")
     io.add_argument("--audio", required=True, help="voice: any sound, or a video with sound")
     io.add_argument("--out", default="out.mp4", help="video to write (default: out.mp4)")
+    io.add_argument("--sheet", metavar="PNG", help="also draw 16 of its frames as one picture")
     io.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
     io.add_argument("--detector", choices=("auto", "toy", "mediapipe"), default="auto",
                     help="what finds the face: ours, or mediapipe's face mesh")
@@ -153,14 +155,18 @@ def main(argv=None, quiet=False):
     speech = audio.speech_features(sound, models.speech, args.wav2vec2).to(models.device)
     pose = poses(models, speech, head_pose(points), args.pose)
 
+    shown, wanted = [], set(range(0, len(speech), max(1, len(speech) // 16)))
     with media.VideoWriter(args.out, size, size, sound) as video, \
             tqdm(total=len(speech), desc="frames", unit="frame", leave=False, disable=quiet) as bar:
         for window in diffusion.sample_motion(models.motion, speech[None], reference, pose,
                                               [args.seed], args.sampler, args.steps):
             for frames in decode(models, z_a, window[0]):
+                shown += [f for k, f in enumerate(frames, video.frames) if k in wanted]
                 video.write(frames)
                 bar.update(len(frames))
     spent, seconds = time.monotonic() - began, len(sound) / media.RATE
+    if args.sheet:
+        media.write_image(args.sheet, media.grid(np.stack(shown[:16]), 8))
     if quiet:
         return
     print(f"{args.out}\n{len(speech)} frames, {seconds:.2f} s of speech, made in {spent:.1f} s: "

@@ -206,6 +206,14 @@ def make_portraits(seed, count, size=128):
     return clip.frames(), clip.landmarks
 
 
+def portrait(seed, size=512):
+    """One picture of an identity that looks at the viewer, framed a little wide as users' are."""
+    still = Motion(np.array([[2.0, 6.0, -2.0]]), NEUTRAL[None].copy(), np.zeros((1, 2)))
+    still.expression[:, AT["smile"]] = .35
+    identity = random_identity(np.random.default_rng((seed, 0)))
+    return ToyClip(identity, still, size=size, jitter=(-.1, -.12, 1.2)).frame(0)
+
+
 def say(text, seed, size=128, voice="en"):
     """A sentence spoken by espeak-ng, on the face of a seed."""
     who, moves = (np.random.default_rng((seed, k)) for k in (0, 2))
@@ -350,6 +358,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=128, help="side of the picture in pixels")
     parser.add_argument("--out", default="toy.mp4", help="video to write")
     parser.add_argument("--sheet", metavar="PNG", help="draw 64 identities instead")
+    parser.add_argument("--portrait", metavar="PNG", help="draw one picture of the head instead")
     parser.add_argument("--say", metavar="TEXT", help="speak a sentence (needs espeak-ng)")
     parser.add_argument("--instruct", metavar="TEXT", help="obey an instruction")
     parser.add_argument("--defect", choices=DEFECTS, help="put a defect into the clip")
@@ -360,6 +369,9 @@ def main(argv=None):
         heads = [make_portraits(args.seed + k, 1, args.size)[0][0] for k in range(64)]
         media.write_image(args.sheet, media.grid(np.stack(heads), 8))
         return print(args.sheet)
+    if args.portrait:
+        media.write_image(args.portrait, portrait(args.seed, args.size))
+        return print(args.portrait)
     if args.say:
         clip = say(args.say, args.seed, args.size)
     elif args.instruct:

@@ -1,0 +1,216 @@
+"""The whole road: the commands that users type, in miniature and with the shipped weights."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import audio
+import detector
+import diffusion
+import evaluate
+import media
+import sample
+import toy
+import train_diffusion
+import train_vae
+import training
+from landmarks import mouth_opening
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = training.SHIPPED
+
+
+def command(*words, expect=0):
+    """Run a script of the root as a user would; returns what it printed."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """A video of the demo's portrait saying 1.63 s of the demo's speech with the shipped weights."""
+    folder = tmp_path_factory.mktemp("spoken")
+    sound = media.read_sound(ROOT / "assets" / "speech.wav")[:26_080]
+    media.write_sound(folder / "a.wav", sound)
+    done = command("sample.py", "--image", "assets/face.png", "--audio", folder / "a.wav",
+                   "--out", folder / "a.mp4")
+    return folder, sound, done
+
+
+def test_sample_writes_exactly_the_frames_and_the_whole_sound(spoken):
+    """round(25 s) frames at 25 a second, the sound in place, a line with path, length and speed."""
+    folder, sound, done = spoken
+    frames = list(media.read_video(folder / "a.mp4"))
+    heard = media.read_sound(folder / "a.mp4")
+    assert len(frames) == round(25 * len(sound) / 16000) == 41 and frames[0].shape == (128, 128, 3)
+    assert len(sound) <= len(heard) < len(sound) + 2048
+    assert np.corrcoef(heard[:len(sound)], sound)[0, 1] > .95
+    assert str(folder / "a.mp4") in done.stdout
+    assert re.search(r"41 frames, 1\.63 s .* times real time", done.stdout)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_same_seed_gives_the_same_video(spoken):
+    """A second run writes the same pictures, pixel for pixel; another seed does not."""
+    folder, _, _ = spoken
+    first = np.stack(list(media.read_video(folder / "a.mp4")))
+    for seed, same in ((0, True), (1, False)):
+        command("sample.py", "--image", "assets/face.png", "--audio", folder / "a.wav",
+                "--out", folder / "b.mp4", "--seed", seed)
+        assert np.array_equal(first, np.stack(list(media.read_video(folder / "b.mp4")))) == same
+
+
+def test_the_portrait_is_recognised_and_moves(spoken):
+    """Frames look like the framed portrait (over 18 dB), and the mouth opens and closes."""
+    folder, _, _ = spoken
+    finder = detector.load(SHIPPED / "detector.pt")
+    picture = media.read_image(ROOT / "assets" / "face.png")
+    points, _ = detector.locate(picture, "face.png", "auto", finder)
+    portrait, _ = sample.frame_portrait(picture, points, 128)
+    frames = np.stack(list(media.read_video(folder / "a.mp4")))
+    assert evaluate.psnr(frames, portrait[None]) > 18
+    assert mouth_opening(detector.find_in_crops(finder, frames)).std() > .02
+
+
+def test_lips_follow_the_voice_and_not_another():
+    """On four unseen heads the mouth correlates with its own sound over 0.5, with another's far less."""
+    finder = detector.load(SHIPPED / "detector.pt")
+    models = sample.load_models(SHIPPED, "cpu")
+    clips = [evaluate.held_out(100 + k) for k in range(4)]
+    found = [evaluate.generate(models, finder, c, f, [0, 1], "predict", "dpmpp_2m", 10, 2)[0]
+             for c, f in clips]
+    made = [mouth_opening(f).mean(0) for f in found]
+    true = [mouth_opening(c.landmarks)[::2] for c, _ in clips]
+    own = np.mean([evaluate.pearson(a, b) for a, b in zip(made, true)])
+    other = np.mean([evaluate.pearson(a, b) for a, b in zip(made, true[1:] + true[:1])])
+    assert own > .5 and own > other + .3
+
+
+def test_attention_to_the_reference_is_not_uniform():
+    """In the shipped weights frames look at some places of the reference far more than at others."""
+    models = sample.load_models(SHIPPED, "cpu")
+    clip, frames = evaluate.held_out(0)
+    _, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])
+    speech = audio.log_mel(clip.sound)[None, :40]
+    model = models.motion
+    with torch.inference_mode():
+        _, condition = model.condition(speech)
+        x, time = model.enter(torch.randn(1, 40, 3, 16, 16), torch.tensor([.5]))
+        weights = model.conformer.reference_attention(x, time, condition, model.tokens(reference))
+    entropy = [-(w * (w + 1e-12).log()).sum(-1).mean() for w in weights]
+    assert min(entropy) < .9 * np.log(256)
+
+
+def test_shipped_files_are_small_and_say_how_they_were_made():
+    """Each checkpoint is fp16 and has its command, seed, steps and minutes beside it."""
+    assert sum(p.stat().st_size for p in (ROOT / "checkpoints").rglob("*.pt")) < 32e6
+    for name in ("vae", "motion", "detector"):
+        told = json.loads((SHIPPED / f"{name}.json").read_text())
+        assert {"command", "seed", "steps", "minutes"} <= set(told)
+        held = training.load(SHIPPED / f"{name}.pt")
+        assert all(v.dtype == torch.float16 for v in held["weights"].values() if v.is_floating_point())
+
+
+def test_the_whole_road_in_miniature(tmp_path):
+    """Train all three for a few steps, resume one, sample with them, read the video back."""
+    runs, few = tmp_path, ["--workers", "0", "--every", "2"]
+    detector.main(["--out", str(runs / "detector"), "--steps", "2", "--identities", "4", "--batch", "4",
+                   *few])
+    vae = ["--out", str(runs / "vae"), "--identities", "3", "--frames", "2", "--batch", "2", *few]
+    train_vae.main([*vae, "--steps", "4"])
+    for name in ("last.pt", "vae.pt", "log.csv", "curve.png", "grid.png"):
+        assert (runs / "vae" / name).is_file()
+    rows = training.read_log(runs / "vae" / "log.csv")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3] and rows[-1]["real"] == rows[-1]["real"]
+    motion = ["--vae", str(runs / "vae" / "vae.pt"), "--out", str(runs / "diffusion"), "--clips", "2",
+              "--batch", "2", *few]
+    train_diffusion.main([*motion, "--steps", "2"])
+    train_diffusion.main([*motion, "--steps", "3"])                         # the same run goes on
+    rows = training.read_log(runs / "diffusion" / "log.csv")
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    shutil.copy(SHIPPED / "detector.pt", runs / "detector" / "detector.pt")
+    clip = toy.make_clip(5, 1.0, 128)
+    media.write_image(runs / "face.png", clip.frame(0))
+    media.write_sound(runs / "voice.wav", clip.sound)
+    sample.main(["--image", str(runs / "face.png"), "--audio", str(runs / "voice.wav"), "--checkpoint",
+                 str(runs), "--out", str(runs / "out.mp4"), "--steps", "2"])
+    assert len(list(media.read_video(runs / "out.mp4"))) == 25
+
+
+def test_a_resumed_run_equals_one_never_stopped(tmp_path):
+    """Losses of steps 2 and 3 after a stop are bit for bit those of four steps in one go."""
+    flags = ["--vae", str(SHIPPED / "vae.pt"), "--clips", "2", "--batch", "2", "--workers", "0",
+             "--warmup", "1"]
+    train_diffusion.main([*flags, "--steps", "4", "--out", str(tmp_path / "a")])
+    stop = training.Stop.__bool__
+    try:
+        calls = iter([False, False, True])
+        training.Stop.__bool__ = lambda self: next(calls, False)
+        train_diffusion.main([*flags, "--steps", "4", "--out", str(tmp_path / "b")])
+    finally:
+        training.Stop.__bool__ = stop
+    assert len(training.read_log(tmp_path / "b" / "log.csv")) == 2
+    train_diffusion.main([*flags, "--steps", "4", "--out", str(tmp_path / "b")])
+    a, b = (training.read_log(tmp_path / k / "log.csv") for k in "ab")
+    assert [r["loss"] for r in a] == [r["loss"] for r in b]
+    a, b = (training.load(tmp_path / k / "last.pt")["model"] for k in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--image", "none.png"], "none.png"), (["--audio", "none.wav"], "none.wav"),
+    (["--image", "."], "folder"), (["--audio", "assets/face.png"], "face.png"),
+    (["--image", "assets/speech.wav"], "speech.wav"), (["--out", "out.txt"], "out.txt"),
+    (["--out", "assets/face.png"], "input"), (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed"),
+    (["--checkpoint", "tests"], "tests"), (["--device", "nonsense"], "nonsense"),
+    (["--sampler", "magic"], "magic")])
+def test_mistakes_take_one_line(flags, named):
+    """Wrong files and flags end in a UserError that names the culprit; nothing is written."""
+    given = {"--image": "assets/face.png", "--audio": "assets/speech.wav", "--out": "out_of_tests.mp4"}
+    given |= dict(zip(flags[::2], flags[1::2]))
+    words = [w for k, v in given.items()
+             for w in (k, str(ROOT / v) if v.startswith("assets") else v)]
+    with pytest.raises(media.UserError, match=named):
+        sample.main(words)
+    assert not Path("out_of_tests.mp4").exists()
+
+
+def test_a_mistake_as_a_command():
+    """As a command: one line on stderr, exit status 2, no traceback."""
+    done = command("sample.py", "--image", "none.png", "--audio", "assets/speech.wav", expect=2)
+    assert done.stderr.startswith("error: none.png") and done.stderr.count("\n") == 1
+
+
+def test_a_picture_without_a_face_is_one_line(tmp_path):
+    """Noise is no face: the error says so and what to do."""
+    noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with pytest.raises(media.UserError, match="noise.png: no face"):
+        sample.main(["--image", str(tmp_path / "noise.png"), "--audio",
+                     str(ROOT / "assets" / "speech.wav"), "--out", str(tmp_path / "a.mp4")])
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_scores_of_known_numbers():
+    """psnr, Pearson, blinks and the bootstrap of evaluate.py on cases worked out by hand."""
+    a = np.zeros((2, 8, 8, 3), np.uint8)
+    assert evaluate.psnr(a, a + 51) == pytest.approx(10 * np.log10(4 / .16))
+    boxes = np.array([[[0, 0, 3, 3]], [[0, 0, 3, 3]]], dtype=float)
+    b = a.copy()
+    b[:, 4:] = 255
+    assert evaluate.psnr_in(a, b, boxes) > 99
+    assert evaluate.pearson([1, 2, 3], [2, 4, 6.]) == pytest.approx(1)
+    lids = np.full(100, .3)
+    lids[10:14] = lids[40:42] = 0                    # two blinks
+    lids[60:61] = lids[80:95] = 0                    # too short, too long
+    assert evaluate.count_blinks(lids) == 2
+    held = evaluate.score([1.0, 2.0, 3.0, np.nan])
+    assert held["value"] == 2 and 1 <= held["low"] < 2 < held["high"] <= 3
