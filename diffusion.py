@@ -225,7 +225,7 @@ class PosePredictor(nn.Module):
 class MotionModel(nn.Module):
     """S with A and P."""
 
-    not_hidden = ("door", "out", "speech_encoder.door", "pose_predictor")
+    not_hidden = ("door", "out", "position", "speech_encoder.door", "pose_predictor")
 
     def __init__(self, config):
         super().__init__()

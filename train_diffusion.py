@@ -300,6 +300,7 @@ def main(argv=None):
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=True)
             for k in range(args.accumulate):
+                net.require_backward_grad_sync = k == args.accumulate - 1    # DDP: once a step
                 part = {n: v.chunk(args.accumulate)[k] for n, v in drawn.items()}
                 with training.autocast(device, dtype):
                     terms = net(part)

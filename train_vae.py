@@ -217,6 +217,7 @@ def main(argv=None):
             fakes = []
             judge.requires_grad_(False)
             for k in range(args.accumulate):
+                net.require_backward_grad_sync = k == args.accumulate - 1    # DDP: once a step
                 part = {n: v.chunk(args.accumulate)[k] for n, v in drawn.items()}
                 weight = region_weights(part["landmarks"], config.size)
                 with training.autocast(device, dtype):

@@ -165,6 +165,18 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_two_processes_train_together(tmp_path):
+    """Under torchrun (gloo) two processes take the same steps, through both players of the VAE."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    few = ["--workers", "0", "--steps", "3", "--batch", "2", "--device", "cpu"]
+    command(*torchrun, "train_vae.py", "--identities", "2", "--frames", "2", "--out", tmp_path / "v", *few)
+    command(*torchrun, "train_diffusion.py", "--vae", tmp_path / "v" / "vae.pt", "--clips", "2",
+            "--out", tmp_path / "d", *few)
+    for name in ("v", "d"):
+        rows = training.read_log(tmp_path / name / "log.csv")
+        assert [r["step"] for r in rows] == [0, 1, 2] and all(r["loss"] > 0 for r in rows)
+
+
 @pytest.mark.parametrize("flags, named", [
     (["--image", "none.png"], "none.png"), (["--audio", "none.wav"], "none.wav"),
     (["--image", "."], "folder"), (["--audio", "assets/face.png"], "face.png"),
