@@ -34,6 +34,8 @@ from detector_pictures import drawn_points, held_out_frames, make_batch, pool_it
 from landmarks import POINTS, crop_box, point_error
 
 SURE = .9                       # a picture whose confidence is above this holds a drawn face
+FLAT = .45                      # share of pixels without an edge above which a face is a drawing
+NOTE = "the shipped weights were trained on drawings, not photographs"
 SHIPPED = Path(__file__).parent / "checkpoints" / "toy" / "detector.pt"
 LARGEST = 2048                  # longer sides are shrunk by a whole factor before looking
 
@@ -209,25 +211,34 @@ def mediapipe_points(picture):
     return (points * factor - .5).astype(np.float32)
 
 
+def is_drawing(picture, points):
+    """Whether the face is drawn in flat colours, as Toy Heads are: most pixels of its crop continue
+    their neighbours' colours to within one step of 255, which hardly any photograph's do."""
+    face = cut(picture, crop_box(points), 128).astype(np.int16)
+    bend = [np.abs(np.diff(face, 2, axis)).max(-1) for axis in (0, 1)]       # (126, 128), (128, 126)
+    return (np.maximum(bend[0][:, 1:-1], bend[1][1:-1]) <= 1).mean() >= FLAT
+
+
 def locate(picture, name, detector="auto", model=None):
     """The 70 points of a user's picture: ours if it is sure, else mediapipe's.
 
     -> points (70, 2) px, and a note for the user or None. UserError where no face is found;
     `name` is what to call the picture. detector: "auto", "toy" (ours alone) or "mediapipe".
     """
-    sure, missing, points = 0.0, False, None
+    sure, missing, ours = 0.0, False, None
     if detector != "mediapipe":
-        points, sure = find(model or load(), picture)
-        if sure >= SURE:
-            return points, None
+        ours, sure = find(model or load(), picture)
+        if sure >= SURE and (detector == "toy" or is_drawing(picture, ours)):
+            return ours, None
     if detector != "toy":
         try:
             points = mediapipe_points(picture)
             if points is not None:
-                return points, ("found with mediapipe; these weights were trained on drawings, "
-                                "not photographs")
+                return points, f"{name}: face found with mediapipe; {NOTE}"
         except ImportError:
             missing = True
+    if sure >= SURE:
+        return ours, f"{name}: looks like a photograph; {NOTE}"
     seen = f"{name}: no face found ({picture.shape[1]}x{picture.shape[0]} pixels"
     seen += f"; our detector, which knows drawings, is {100 * sure:.0f} % sure)" \
         if detector != "mediapipe" else ")"

@@ -260,6 +260,17 @@ def test_locate_asks_mediapipe_when_unsure(monkeypatch):
     assert locate(PICTURE, "me.png", "mediapipe")[0] is FACE
 
 
+def test_a_photograph_that_ours_is_sure_of_gets_a_note(monkeypatch):
+    """Noise is not drawn: mediapipe is asked first; without it our answer comes with the note."""
+    grain = np.random.default_rng(0).integers(0, 255, PICTURE.shape, dtype=np.uint8)
+    assert not detector.is_drawing(grain, FACE) and detector.is_drawing(PICTURE, FACE)
+    without_mediapipe(monkeypatch)
+    points, note = locate(grain, "me.png", "auto", Stub(FACE))
+    assert points is not FACE and "photograph" in note and "trained on drawings" in note
+    monkeypatch.setattr(detector, "mediapipe_points", lambda picture: FACE)
+    assert locate(grain, "me.png", "auto", Stub(FACE))[0] is FACE
+
+
 @pytest.mark.parametrize("choice, installed, advice", [
     ("auto", False, "pip install -r requirements-real.txt"),
     ("mediapipe", False, "pip install -r requirements-real.txt"),
