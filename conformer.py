@@ -1,7 +1,7 @@
 """The Conformer backbone of the diffusion model, with its three conditions (sec. 4.3).
 
-A block (Gulati et al., 2020) is half a feed-forward, self-attention, a convolution module, half a
-feed-forward. Conditions enter every block as the paper says:
+A block (Gulati et al., 2020) is half a feed-forward, self-attention, cross-attention, a convolution
+module, half a feed-forward, LayerNorm. Conditions enter every block as the paper says:
 
     time      embedded and added to the block's input
     speech    added to the block's hidden features frame by frame
@@ -14,6 +14,7 @@ Departures from the paper, or choices where it is silent:
    not depend on its batch, and padding cannot leak into statistics.
 2. Relative positions are a learnt bias for each head and distance, clipped at REACH frames, so any
    length works, longer than trained on too.
+3. Where in the block the reference is asked is not said: after self-attention, as in Transformers.
 """
 from __future__ import annotations
 
@@ -126,6 +127,7 @@ class ConformerBlock(nn.Module):
         return x + self.attention(x, mask)
 
     def forward(self, x, time, speech, tokens, mask=None):
+        """x, speech (B, N, D), time (B, D), tokens (B, L, E), mask (B, N) -> (B, N, D)."""
         x = self.before_cross(x, time, speech, mask)
         x = x + self.cross(x, tokens)
         x = x + self.convolution(x, mask)

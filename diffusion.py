@@ -33,10 +33,10 @@ POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in
 # ---- the SDE, eq. 5 ------------------------------------------------------------------------------
 
 def like(coefficient, z):
-    """Shape (B,) coefficients to be multiplied with z (B, ...): (B, 1, ...)."""
+    """Shape (B,) coefficients to be multiplied with z (B, ...): (B, 1, ...), on z's device."""
     coefficient = coefficient.view(-1, *[1] * (z.ndim - 1))
     assert coefficient.shape[0] in (1, len(z)), "one coefficient a sample"
-    return coefficient.to(z.dtype)
+    return coefficient.to(z.dtype).to(z.device)
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class VPSDE:
     def time_of(self, half_log_snr):
         """Inverse of `half_log_snr`."""
         log_alpha = -F.softplus(-2 * half_log_snr) / 2
-        slope = self.beta_1 - self.beta_0
-        return (-self.beta_0 + (self.beta_0 ** 2 - 4 * slope * log_alpha).sqrt()) / slope
+        rise = self.beta_1 - self.beta_0
+        return (-self.beta_0 + (self.beta_0 ** 2 - 4 * rise * log_alpha).sqrt()) / rise
 
     def perturb(self, z_0, t, noise):
         """Draw z_t ~ p(z_t | z_0). z_0, noise (B, N, ...); t (B,)."""
@@ -74,8 +74,8 @@ class VPSDE:
         alpha, sigma = self.marginal(t)
         return (like(alpha, z_t) * z_hat_0 - z_t) / like(sigma, z_t) ** 2
 
-    def times(self, steps):
-        """steps + 1 times from 1 to LAST, uniform in log-SNR, float64."""
+    def time_grid(self, steps):
+        """steps + 1 times from 1 to LAST, uniform in log-SNR, float64 on the CPU."""
         ends = self.half_log_snr(torch.tensor([1.0, LAST], dtype=torch.float64))
         times = self.time_of(torch.linspace(*ends.tolist(), steps + 1, dtype=torch.float64))
         times[0], times[-1] = 1.0, LAST
@@ -133,8 +133,11 @@ SAMPLERS = {"euler_maruyama": euler_maruyama, "euler": euler, "heun": heun, "dpm
 
 
 def solve(denoise, z_1, sampler="dpmpp_2m", steps=20, sde=VPSDE(), noise=torch.randn_like):
-    """Reverse diffusion: z_1 ~ N(0, 1) -> ẑ_0 at t = LAST."""
-    times = sde.times(steps).to(z_1.device)
+    """Reverse diffusion: z_1 ~ N(0, 1) -> ẑ_0 at t = LAST.
+
+    Times and coefficients are float64 on the CPU (mps has none) and are rounded when z meets them.
+    """
+    times = sde.time_grid(steps)
     z = SAMPLERS[sampler](denoise, z_1, times, sde, noise)
     return denoise(z, times[-1:])
 
@@ -173,7 +176,7 @@ PRESETS = {
     "small": MotionConfig(**_PAPER, width=512, layers=6, token_width=512, pose_width=512),
     "base": MotionConfig(**_PAPER, width=1280, layers=12, token_width=1280, pose_width=1280),
     "large": MotionConfig(**_PAPER, width=2048, layers=12, token_width=2048, pose_width=2048),
-}                                # B.1: 180M, 600M and 1.2B parameters
+}       # parameters: 3.5M; 52M, 607M, 1.55B (B.1: 180M, 600M, 1.2B, wav2vec 2.0 perhaps counted in)
 
 
 def preset(name, **changes):
@@ -373,6 +376,7 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
     speech (B, N, d_s), reference (B, 3, h, w) normalised, pose (B, N, 3) degrees or None: free;
     one seed a row of the batch. Yields (B, n, 3, h, w), normalised, until N frames are out.
     """
+    assert len(seeds) == len(speech), "one seed a row"
     c, before = model.config, None
     tokens = model.tokens(reference)
     for k, (first, kept, stop, end) in enumerate(windows(speech.shape[1], c)):
@@ -391,7 +395,8 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
         _, condition = model.condition(speech[:, first:end], turned)
 
         def denoise(z, t):
-            return model.denoise(z, t.float().expand(len(z)), condition, tokens, prefix)
+            t = t.float().to(z.device).expand(len(z))
+            return model.denoise(z, t, condition, tokens, prefix)
         made = solve(denoise, z_1, sampler, steps, sde, noise)[:, kept - first:stop - first]
         so_far = made if before is None else torch.cat([before, made], 1)
         before = so_far[:, -c.prefix:]

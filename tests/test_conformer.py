@@ -65,7 +65,7 @@ def test_speech_is_added_frame_by_frame():
 
 
 def test_attention_by_hand():
-    """Self-attention equals softmax(q k^T / sqrt(d) + bias) v, the bias read by clipped distance."""
+    """Self-attention is softmax(q k^T / sqrt(d) + bias) v, the bias read by clipped distance."""
     torch.manual_seed(0)
     layer = conformer.SelfAttention(WIDTH, 2, 0.0).eval()
     torch.nn.init.normal_(layer.bias)
@@ -94,11 +94,48 @@ def test_reference_attention_sums_to_one_and_differs_by_frame():
     torch.testing.assert_close(block.cross(above, tokens), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_block_by_hand():
+    """Half feed-forward, self-attention, cross-attention, convolution, half feed-forward, norm."""
+    block, (x, time, speech, tokens) = make(1).blocks[0], inputs()
+    x_in = x + block.time(time)[:, None] + block.speech(speech)
+    a = x_in + .5 * block.first(x_in)
+    b = a + block.attention(a)
+    c = b + block.cross(b, tokens)
+    d = c + block.convolution(c)
+    torch.testing.assert_close(block(x, time, speech, tokens), block.norm(d + .5 * block.second(d)))
+
+
+def test_convolution_by_hand():
+    """Pointwise, gate, each channel mixed over time by its own kernel, norm, SiLU, pointwise."""
+    layer, (x, *_) = make(1).blocks[0].convolution, inputs(1)
+    value, gate = layer.widen(layer.norm(x)).chunk(2, -1)
+    padded = torch.nn.functional.pad(value * gate.sigmoid(), (0, 0, 2, 2))  # (1, 16, D)
+    mixed = sum(padded[:, k:k + 12] * layer.depthwise.weight[:, 0, k] for k in range(5))
+    inner = layer.inner_norm(mixed + layer.depthwise.bias)
+    torch.testing.assert_close(layer(x), layer.out(inner * inner.sigmoid()), atol=1e-5, rtol=1e-4)
+
+
+def test_only_distances_count():
+    """The same frames behind 40 padded ones give the same result: positions are relative."""
+    model, (x, time, speech, tokens) = make(), inputs(1)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attention.bias)
+    mask = torch.arange(52)[None] >= 40
+    late = [torch.cat([torch.randn(1, 40, WIDTH), v], 1) for v in (x, speech)]
+    shifted = model(late[0], time, late[1], tokens, mask)[:, 40:]
+    torch.testing.assert_close(shifted, model(x, time, speech, tokens), atol=1e-5, rtol=1e-4)
+
+
 def test_longer_than_any_distance_it_knows():
-    """Three hundred frames run, and a shift in time shifts the result away from the ends."""
+    """Three hundred frames run, and what is further away than REACH may change places."""
     model, (x, time, speech, tokens) = make(), inputs(1, 300)
-    y = model(x, time, speech, tokens)
-    assert y.shape == (1, 300, WIDTH) and y.isfinite().all()
+    assert model(x, time, speech, tokens).isfinite().all()
+    layer = model.blocks[0].attention
+    torch.nn.init.normal_(layer.bias)
+    far, near = x.clone(), x.clone()
+    far[:, [100, 250]], near[:, [10, 250]] = x[:, [250, 100]], x[:, [250, 10]]
+    torch.testing.assert_close(layer(far)[:, 0], layer(x)[:, 0], atol=1e-5, rtol=1e-4)
+    assert (layer(near)[:, 0] - layer(x)[:, 0]).abs().max() > 1e-4
 
 
 def test_dropout_reaches_every_place_it_is_asked_for():
@@ -109,3 +146,15 @@ def test_dropout_reaches_every_place_it_is_asked_for():
         model.eval()
         getattr(model.blocks[0], part).train()
         assert (model(*given) - model(*given)).abs().max() > 1e-4
+
+
+def test_attention_drops_both_its_weights_and_its_result(monkeypatch):
+    """With the result's dropout off the weights still drop; a constant result shows its own."""
+    block, (x, _, _, tokens) = make(1, dropout=.5).blocks[0].train(), inputs()
+    for layer, extra in ((block.attention, ()), (block.cross, (tokens,))):
+        torch.nn.init.zeros_(layer.out.weight)
+        torch.nn.init.ones_(layer.out.bias)
+        assert set(layer(x, *extra).unique().tolist()) == {0., 2.}
+    torch.nn.init.eye_(block.attention.out.weight)
+    monkeypatch.setattr(conformer.F, "dropout", lambda v, *_: v)
+    assert (block.attention(x) - block.attention(x)).abs().max() > 1e-4

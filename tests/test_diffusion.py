@@ -40,7 +40,7 @@ def flow_map(z_1, t):
 # ---- the SDE -------------------------------------------------------------------------------------
 
 def test_marginals_are_those_of_the_simulated_sde():
-    """Eq. 5 simulated in 1,000 steps has the mean and the spread that `marginal` says, at every t."""
+    """Eq. 5 simulated in 1,000 steps has the mean and the spread that `marginal` says."""
     key, n = torch.Generator().manual_seed(0), 1000
     z = torch.full((20_000,), 1.5, dtype=torch.float64)
     for k in range(n):
@@ -63,7 +63,7 @@ def test_log_snr_and_its_inverse():
     """time_of(half_log_snr(t)) = t; the grid is uniform in log-SNR from 1 to 1e-3."""
     t = torch.linspace(.001, 1, 50, dtype=torch.float64)
     torch.testing.assert_close(SDE.time_of(SDE.half_log_snr(t)), t)
-    times = SDE.times(20)
+    times = SDE.time_grid(20)
     assert times[0] == 1 and times[-1] == LAST and len(times) == 21
     steps = SDE.half_log_snr(times).diff()
     torch.testing.assert_close(steps, steps[:1].expand(20), atol=1e-6, rtol=1e-6)
@@ -96,7 +96,7 @@ def test_ode_samplers_follow_the_exact_flow(name, order):
     z_1 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     wanted, errors = flow_map(z_1, LAST), []
     for steps in (80, 160, 320):
-        made = diffusion.SAMPLERS[name](perfect, z_1, SDE.times(steps), SDE)
+        made = diffusion.SAMPLERS[name](perfect, z_1, SDE.time_grid(steps), SDE)
         errors.append((made - wanted).abs().max().item())
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert errors[-1] < (.02 if order == 1 else .001) and (abs(orders - order) < .3).all()
@@ -104,7 +104,7 @@ def test_ode_samplers_follow_the_exact_flow(name, order):
 
 def test_euler_maruyama_has_the_mean_and_variance_of_its_recursion():
     """For Gaussian data eq. 6's steps are z <- a z + b + c noise: mean and variance are known."""
-    times, key = SDE.times(60), torch.Generator().manual_seed(0)
+    times, key = SDE.time_grid(60), torch.Generator().manual_seed(0)
 
     def noise(z):
         return torch.randn(z.shape, generator=key, dtype=z.dtype)
@@ -126,6 +126,23 @@ def test_solve_draws_from_the_data(name):
     torch.manual_seed(0)
     made = diffusion.solve(perfect, torch.randn(8000, 1, dtype=torch.float64), name, 60)
     assert abs(made.mean() - MEAN) < .05 and abs(made.std() - SPREAD) < .1
+
+
+def test_solve_ends_with_z0():
+    """What is returned is ẑ_0 at the last time, not z there."""
+    z_1, end = torch.randn(5, 1, dtype=torch.float64), of([LAST])
+    z = diffusion.dpmpp_2m(perfect, z_1, SDE.time_grid(8), SDE)
+    torch.testing.assert_close(diffusion.solve(perfect, z_1, steps=8), perfect(z, end))
+
+
+@pytest.mark.parametrize("name", diffusion.SAMPLERS)
+def test_coefficients_are_float64_on_the_cpu(name):
+    """Wherever z is, times are CPU float64 (mps has no float64) and z keeps its own type."""
+    def denoise(z, t):
+        assert t.device.type == "cpu" and t.dtype == torch.float64
+        return z / 2
+    made = diffusion.solve(denoise, torch.ones(2, 3, device="meta"), name, 3)
+    assert made.device.type == "meta" and made.dtype == torch.float32
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -175,6 +192,21 @@ def test_padding_changes_no_valid_frame():
     torch.testing.assert_close(a[mask], b[mask])
 
 
+def test_a_padded_sample_is_what_it_is_alone():
+    """Seven frames padded to twelve give ẑ_0 and poses of the seven frames by themselves."""
+    model, given = tiny(), batch(1)
+    mask = (torch.arange(12) < 7)[None]
+    short = {k: v[:, :7] if k in ("z_t", "speech", "pose") else v for k, v in given.items()}
+    made = model(**given, mask=mask)[:, :7]
+    torch.testing.assert_close(made, model(**short), atol=1e-5, rtol=1e-4)
+    alone = model.speech_encoder(short["speech"])
+    encoded = model.speech_encoder(given["speech"], mask)
+    torch.testing.assert_close(encoded[:, :7], alone, atol=1e-5, rtol=1e-4)
+    start = given["pose"][:, 0]
+    poses = model.pose_predictor(encoded, start, mask)[:, :7]
+    torch.testing.assert_close(poses, model.pose_predictor(alone, start), atol=1e-4, rtol=1e-4)
+
+
 def test_dropped_conditions_are_replaced_by_learnt_ones():
     """Where speech or pose is dropped, its values no longer matter and the learnt vector does."""
     model, given = tiny(), batch()
@@ -189,7 +221,8 @@ def test_dropped_conditions_are_replaced_by_learnt_ones():
             getattr(model, null).add_(1)
         assert (condition(given) - before).abs().min() > .9
     free = model.condition(given["speech"])[1]
-    torch.testing.assert_close(free, model.condition(given["speech"], given["pose"], None, yes, no)[1])
+    dropped = model.condition(given["speech"], given["pose"], None, yes, no)[1]
+    torch.testing.assert_close(free, dropped)
 
 
 def test_prefix_frames_enter_clean_and_flagged():
@@ -301,8 +334,8 @@ def test_sampled_windows_hand_over_their_last_frames(monkeypatch):
         return real(self, z_t, t, condition, tokens, prefix, mask)
     monkeypatch.setattr(diffusion.MotionModel, "denoise", spy)
     torch.manual_seed(0)
-    parts = list(diffusion.sample_motion(model, torch.randn(2, 50, 10), torch.randn(2, 3, 4, 4), None,
-                                         [0, 1], steps=2))
+    speech, reference = torch.randn(2, 50, 10), torch.randn(2, 3, 4, 4)
+    parts = list(diffusion.sample_motion(model, speech, reference, None, [0, 1], steps=2))
     made = torch.cat(parts, 1)
     assert made.shape == (2, 50, 3, 4, 4)
     clean, given = seen[3]                                        # the second window's first call
@@ -311,14 +344,38 @@ def test_sampled_windows_hand_over_their_last_frames(monkeypatch):
     torch.testing.assert_close(clean[:, :TINY.prefix], made[:, end - TINY.prefix:end])
 
 
-def test_seeds_decide():
-    """The same seed moves the same, whatever stands beside it in the batch; another moves otherwise."""
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_speech_of_any_length_gives_as_many_frames(n):
+    """One frame, less than a window, nineteen windows: N frames of speech give N of motion."""
+    speech, reference = torch.randn(1, n, 10), torch.randn(1, 3, 4, 4)
+    made = torch.cat(list(diffusion.sample_motion(tiny(), speech, reference, steps=2)), 1)
+    assert made.shape == (1, n, 3, 4, 4) and made.isfinite().all()
+
+
+def test_each_window_hears_its_own_frames(monkeypatch):
+    """Every window is given the speech and the poses of the very frames it samples."""
+    model, seen = tiny(), []
+    real = diffusion.MotionModel.condition
+    monkeypatch.setattr(diffusion.MotionModel, "condition", lambda self, speech, pose: (
+        seen.append((speech, pose)), real(self, speech, pose))[1])
+    speech, pose = torch.randn(1, 60, 10), torch.randn(1, 60, 3)
+    list(diffusion.sample_motion(model, speech, torch.randn(1, 3, 4, 4), pose, steps=1))
+    cuts = diffusion.windows(60, TINY)
+    assert len(seen) == len(cuts) > 2
+    for (heard, turned), (first, _, _, end) in zip(seen, cuts):
+        assert torch.equal(heard, speech[:, first:end]) and torch.equal(turned, pose[:, first:end])
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_maruyama"])
+def test_seeds_decide(sampler):
+    """The same seed moves the same, whatever is beside it in the batch; another moves otherwise."""
     model, speech, reference = tiny(), torch.randn(1, 30, 10), torch.randn(1, 3, 4, 4)
 
     def sample(seeds):
         b = len(seeds)
         return torch.cat(list(diffusion.sample_motion(
-            model, speech.expand(b, -1, -1), reference.expand(b, -1, -1, -1), None, seeds, steps=3)), 1)
+            model, speech.expand(b, -1, -1), reference.expand(b, -1, -1, -1), None, seeds, sampler,
+            steps=3)), 1)
     pair = sample([3, 4])
     torch.testing.assert_close(pair[:1], sample([3]), atol=1e-5, rtol=1e-4)
     assert (pair[0] - pair[1]).abs().max() > 1e-3
