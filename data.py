@@ -97,11 +97,17 @@ class ClipFrames(Frames):
             frames = [f for k, f in enumerate(media.read_video(path)) if k in wanted]
             pictures.append(np.stack(frames))
             points.append(held["landmarks"][shown[:len(frames)]])
-            if frames[0].shape[:2] != (size, size):
-                found = f"{frames[0].shape[1]}x{frames[0].shape[0]}"
-                raise media.UserError(f"{path}: frames are {found} and the preset wants "
-                                      f"{size}x{size}; prepare the clips at that size")
+            check_size(path, frames[0], size)
+        if not pictures:
+            raise media.UserError(f"{folder}: no clip has two valid frames; make it again")
         super().__init__(pictures, points)
+
+
+def check_size(path, frame, size):
+    """UserError for a clip of another size than the model's."""
+    if frame.shape[:2] != (size, size):
+        raise media.UserError(f"{path}: frames are {frame.shape[1]}x{frame.shape[0]} and the model "
+                              f"wants {size}x{size}; prepare the clips at that size")
 
 
 # ---- motion, for the diffusion model -------------------------------------------------------------
@@ -158,13 +164,19 @@ class GrowingPool:
             self.pool = None
 
 
-def clip_motion(k, paths, kind="mel"):
-    """Clip k of a folder in the form of `toy_motion`; speech features are stored or made anew."""
-    held = read_clip(paths[k])
-    speech = held.get("speech")
-    if speech is None:
-        speech = audio.speech_features(media.read_sound(paths[k]), kind).numpy()
-    n = min(len(speech), len(held["landmarks"]))
+def clip_motion(k, paths, size, kind="mel", weights=None):
+    """Clip k of a folder in the form of `toy_motion`, up to its first frame that is not valid.
+
+    Speech features of this kind are taken from the clip where it holds them, or made anew.
+    """
+    held, speech = read_clip(paths[k]), None
+    check_size(paths[k], next(media.read_video(paths[k])), size)
+    if held.get("speech", np.zeros((0, 0))).shape[-1] == audio.FEATURES[kind]:
+        speech = held["speech"].astype(np.float32)
+    else:
+        speech = audio.speech_features(media.read_sound(paths[k]), kind, weights).numpy()
+    broken = np.flatnonzero(~held["valid"])
+    n = min(len(speech), len(held["landmarks"]), *broken[:1])
     return {"landmarks": held["landmarks"][:n], "pose": held["pose"][:n], "speech": speech[:n]}
 
 
@@ -192,6 +204,7 @@ def read_clip(path):
         with np.load(path, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
         arrays["landmarks"] = arrays["landmarks"].astype(np.float32)
+        arrays["pose"] = arrays["pose"].astype(np.float32)
         arrays.setdefault("valid", np.ones(len(arrays["landmarks"]), dtype=bool))
     except (OSError, KeyError, ValueError) as error:
         raise media.UserError(f"{path}: not the numbers of a clip ({error}); make it again"
@@ -220,6 +233,24 @@ def _write_toy(k, seed, seconds, size, out):
     return path.name
 
 
+def _begin(path, recipe):
+    """Start or go on with a folder; UserError where it holds clips of another recipe."""
+    try:
+        held = json.loads(path.read_text())
+    except FileNotFoundError:
+        return _write_index(path, recipe | {"clips": []})
+    except (OSError, ValueError) as error:
+        raise media.UserError(f"{path}: cannot be read ({error}); choose another --out") from error
+    if {k: held.get(k) for k in recipe} != recipe:
+        raise media.UserError(f"{path.parent}: holds clips made with other flags; choose another "
+                              "--out")
+
+
+def _write_index(path, index):
+    with media.replacing(path) as temporary:
+        temporary.write_text(json.dumps(index, indent=1))
+
+
 def main(argv=None):
     parser = media.ArgumentParser(description=__doc__.split("\n")[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -231,17 +262,18 @@ def main(argv=None):
     made.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
     made.add_argument("--out", required=True, help="folder; the same command again goes on")
     args = parser.parse_args(argv)
-    if args.clips < 1 or args.seconds < .4:
-        raise media.UserError("data.py toy wants --clips of 1 or more, --seconds of 0.4 or more")
+    if args.clips < 1 or args.seconds < .4 or args.seed < 0 or args.size < 32:
+        raise media.UserError("data.py toy wants --clips of 1 or more, --seconds of 0.4 or more, "
+                              "--size of 32 or more and a --seed that is not negative")
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    recipe = {"toy_version": toy.TOY_VERSION, "seed": args.seed, "seconds": args.seconds,
+              "size": args.size, "fps": media.FPS}
+    _begin(out / "index.json", recipe)
     make = functools.partial(_write_toy, seed=args.seed, seconds=args.seconds, size=args.size,
                              out=out)
     workers = default_workers() if args.workers is None else args.workers
     names = in_parallel(make, range(args.clips), workers, "clips")
-    index = {"toy_version": toy.TOY_VERSION, "seed": args.seed, "fps": media.FPS, "clips": names}
-    with media.replacing(out / "index.json") as temporary:
-        Path(temporary).write_text(json.dumps(index, indent=1))
+    _write_index(out / "index.json", recipe | {"clips": names})
     print(out)
 
 

@@ -228,7 +228,7 @@ def locate(picture, name, detector="auto", model=None):
     sure, missing, ours = 0.0, False, None
     if detector != "mediapipe":
         ours, sure = find(model or load(), picture)
-        if sure >= SURE and (detector == "toy" or is_drawing(picture, ours)):
+        if sure >= SURE and is_drawing(picture, ours):
             return ours, None
     if detector != "toy":
         try:
@@ -304,15 +304,15 @@ def main(argv=None):
     if last.exists() and not args.fresh:
         held = training.load(last, device)
         training.load_weights(model, held["model"], last)
-        for optimiser, state in zip(optimisers, held["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        training.load_optimisers(optimisers, held["optimisers"], last)
         ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
 
     # ---- data ----
     seeds = [toy.training_seed(args.seed, k) for k in range(args.identities)]
     pool = toy.in_parallel(pool_item, seeds, args.workers, "heads")
     unseen, truth = held_out_frames()
-    ahead = training.Ahead(lambda at: make_batch(pool, args.seed, at, args.batch), step)
+    ahead = training.Ahead(lambda at: make_batch(pool, args.seed, at, args.batch), step,
+                           device)
     budget = training.Budget(args.steps, args.minutes, spent)
     log = training.Log(out / "log.csv", COLUMNS, step)
     shadow = Detector().to(device, memory_format=torch.channels_last).eval()
@@ -323,7 +323,8 @@ def main(argv=None):
                  "optimisers": [o.state_dict() for o in optimisers], "step": step,
                  "minutes": budget.spent(), "seed": args.seed}
         training.save(last, state)
-        training.save(shipped, {"config": asdict(model.config), "weights": ema.half()})
+        training.ship(shipped, {"config": asdict(model.config), "weights": ema.half()},
+                      seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
         shadow.load_state_dict(ema.weights)
         found, sure = look(shadow, unseen)
         media.write_image(out / "grid.png", drawn_points(unseen[::16], found[::16]))

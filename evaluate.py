@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import audio
 import data
 import detector as detectors
 import diffusion
@@ -54,7 +53,7 @@ class Plan:
 
 
 PLANS = {"default": Plan(), "full": Plan(stride=1, drivers=64, cross_frames=100),
-         "quick": Plan(8, 8, 4, 2, 6, 4, 4, 30.0)}
+         "quick": Plan(8, 8, 4, 2, 6, 2, 8, 30.0)}
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -113,11 +112,6 @@ def loudness(sound, n):
     return np.log(np.sqrt((padded ** 2).mean(1)) + 1e-4)
 
 
-def within_spread(tracks):
-    """Square root of the mean within-clip variance. (clips, N, D) -> (D,)."""
-    return np.sqrt(np.mean([np.var(t, axis=0) for t in tracks], axis=0))
-
-
 # ---- what is measured ----------------------------------------------------------------------------
 
 def held_out(k):
@@ -144,7 +138,8 @@ def redraw(models, z_a, points):
 
 def score_truth(plan, clips, finder):
     """The detector and the pose fit, on true frames."""
-    found = [detectors.find_in_crops(finder, frames[::plan.stride]) for _, frames in clips]
+    found = [detectors.find_in_crops(finder, frames[::plan.stride])
+             for _, frames in tqdm(clips, "truth", leave=False)]
     true = [clip.landmarks[::plan.stride] for clip, _ in clips]
     px = [point_error(f, t).mean() for f, t in zip(found, true)]
     still = [point_error(np.repeat(t[:1], len(t), 0), t).mean() for t in true]
@@ -156,7 +151,8 @@ def score_truth(plan, clips, finder):
 
 def score_self(plan, clips, models, finder, floor):
     """The VAE redraws every clip from its first frame and its true points."""
-    rows = {name: [] for name in ("self", "copy", "eyes", "mouth", "akd", "still", "lips")}
+    rows = {name: [] for name in ("self", "copy", "eyes", "eyes_copy", "mouth", "mouth_copy", "akd",
+                                  "still", "lips")}
     for clip, frames in tqdm(clips, "self-reconstruction", leave=False):
         z_a, _ = encode(models, frames[0], clip.landmarks[0])
         at = np.arange(1, len(frames), plan.stride)
@@ -166,8 +162,11 @@ def score_self(plan, clips, models, finder, floor):
         rows["self"].append(psnr(made, true))
         rows["copy"].append(psnr(frames[:1], true))
         eyes = np.stack([region_box(points, EYE_LEFT), region_box(points, EYE_RIGHT)], 1)
+        mouth, copied = region_box(points, MOUTH)[:, None], np.repeat(frames[:1], len(at), 0)
         rows["eyes"].append(psnr_in(made, true, eyes))
-        rows["mouth"].append(psnr_in(made, true, region_box(points, MOUTH)[:, None]))
+        rows["eyes_copy"].append(psnr_in(copied, true, eyes))
+        rows["mouth"].append(psnr_in(made, true, mouth))
+        rows["mouth_copy"].append(psnr_in(copied, true, mouth))
         rows["akd"].append(point_error(found, points).mean())
         rows["still"].append(point_error(np.repeat(clip.landmarks[:1], len(at), 0), points).mean())
         moves = mouth_opening(points)
@@ -176,15 +175,16 @@ def score_self(plan, clips, models, finder, floor):
     r = {k: np.array(v) for k, v in rows.items()}
     return {"psnr_self": score(r["self"], baseline=r["copy"].mean()),
             "psnr_gain": score(r["self"] - r["copy"], baseline=0.0),
-            "psnr_eyes": score(r["eyes"]), "psnr_mouth": score(r["mouth"]),
+            "psnr_eyes": score(r["eyes"], baseline=r["eyes_copy"].mean()),
+            "psnr_mouth": score(r["mouth"], baseline=r["mouth_copy"].mean()),
             "akd_self": score(r["akd"], truth=np.mean(floor), baseline=r["still"].mean()),
-            "akd_floor": score(floor), "lip_r_ceiling": score(r["lips"], truth=1.0)}
+            "akd_floor": score(floor), "lip_r_ceiling": score(r["lips"], truth=1.0, baseline=0.0)}
 
 
 def score_cross(plan, clips, models, finder):
     """One clip's motion on another's portrait, against the driver and against the renderer."""
     rng = np.random.default_rng(0)
-    by_driver, by_truth, pictures, still = [], [], [], []
+    by_driver, by_truth, pictures, still, copied = [], [], [], [], []
     pairs = [(d, int((d + rng.integers(1, len(clips))) % len(clips)))
              for _ in range(plan.rounds) for d in range(min(plan.drivers, len(clips)))]
     for d, t in tqdm(pairs, "cross-reenactment", leave=False):
@@ -198,16 +198,18 @@ def score_cross(plan, clips, models, finder):
         by_truth.append(point_error(found, wanted.landmarks[at]).mean())
         held = np.repeat(target.landmarks[:1], len(at), 0)
         still.append(point_error(held, wanted.landmarks[at]).mean())
-        pictures.append(psnr(made, wanted.frames(at)))
+        drawn = wanted.frames(at)
+        pictures.append(psnr(made, drawn))
+        copied.append(psnr(frames[:1], drawn))
     return {"akd_cross": score(by_driver),
             "akd_cross_true": score(by_truth, baseline=np.mean(still)),
-            "psnr_cross_true": score(pictures)}
+            "psnr_cross_true": score(pictures, baseline=np.mean(copied))}
 
 
 def generate(models, finder, clip, frames, seeds, how, sampler, steps, stride=1):
     """Speak a clip's sound with its first frame: points found (S, n, 70, 2), the asked poses."""
     z_a, reference = encode(models, frames[0], clip.landmarks[0])
-    speech = audio.speech_features(clip.sound, models.speech).to(models.device)
+    speech = sample.hear(models, clip.sound)
     pose = sample.poses(models, speech, clip.pose[0], how)
     count = len(seeds)
     with torch.inference_mode():
@@ -248,7 +250,7 @@ def score_speech(plan, clips, models, finder, how, sampler, steps):
     truth = [mouth_opening(clip.landmarks) for clip, _ in clips]
     moving = [t.std() > LEAST_SPREAD for t in truth]
     rows = {n: [] for n in ("r", "mean8", "gain", "loud", "shuffled", "mae", "pose", "true_pose",
-                            "blinks", "true_blinks", "silence", "diversity")}
+                            "still_mae", "blinks", "true_blinks", "silence", "diversity")}
     for k, (clip, frames) in enumerate(tqdm(clips, "speech to motion", leave=False)):
         many = k < plan.seeded_clips
         stride = 1 if many else plan.stride
@@ -265,10 +267,11 @@ def score_speech(plan, clips, models, finder, how, sampler, steps):
         seen = detectors.find_in_crops(finder, frames)
         if moving[k]:
             rows["mean8"].append(pearson(opening.mean(0), true))
-        rows["pose"].extend(head_pose(found))
+        rows["pose"].append(head_pose(found))                                # (S, N, 3)
         rows["true_pose"].append(head_pose(seen))
         if asked is not None:
             rows["mae"].append(np.abs(head_pose(found) - asked).mean())
+            rows["still_mae"].append(np.abs(clip.pose[0] - asked).mean())
         rows["blinks"].append(np.mean([blink_rate(track) for track in found]))
         rows["true_blinks"].append(blink_rate(seen))
         silent = silent_frames(clip)
@@ -276,16 +279,17 @@ def score_speech(plan, clips, models, finder, how, sampler, steps):
             rows["silence"].append((opening[:, silent].mean() - mouth_opening(seen)[silent].mean()))
         spread = found.std(0)                                                # (N, K, 2)
         rows["diversity"].append(np.sqrt((spread ** 2).sum(-1)).mean())
-    twins = [twin(k) for k in range(len(clips)) if moving[k]]
+    twins = [twin(k) for k in tqdm(range(len(clips)), "twins", leave=False) if moving[k]]
     beside = {"baseline": np.nanmean(rows["loud"]), "shuffled": np.nanmean(rows["shuffled"])}
     numbers = {"lip_r": score(rows["r"], **beside), "lip_r_mean8": score(rows["mean8"], **beside),
                "lip_gain": score(rows["gain"], truth=1.0, baseline=0.0),
-               "lip_r_twin": score(twins), "pose_mae": score(rows["mae"])}
-    ratio = within_spread(rows["pose"]) / within_spread(rows["true_pose"])
-    each = np.sqrt([np.var(t, axis=0) for t in rows["pose"]]) / within_spread(rows["true_pose"])
+               "lip_r_twin": score(twins),
+               "pose_mae": score(rows["mae"], baseline=np.mean(rows["still_mae"] or [np.nan]))}
     for axis, name in enumerate(("pitch", "yaw", "roll")):
-        numbers[f"pose_spread_{name}"] = score(each[:, axis], truth=1.0, baseline=0.0) \
-            | {"value": ratio[axis]}
+        made = [np.var(t[..., axis], axis=1).mean() for t in rows["pose"]]   # within clips
+        truth = np.mean([np.var(t[:, axis]) for t in rows["true_pose"]])
+        spread = {k: np.sqrt(v / truth) for k, v in score(made).items()}
+        numbers[f"pose_spread_{name}"] = spread | {"truth": 1.0, "baseline": 0.0}
     numbers["blinks_per_minute"] = score(rows["blinks"], truth=np.mean(rows["true_blinks"]),
                                          baseline=0.0)
     numbers["silence_opening"] = score(rows["silence"], truth=0.0)
@@ -298,11 +302,11 @@ def score_long(plan, clips, models, finder, how, sampler, steps):
     clip, frames = clips[0]
     speech = voices.make_speech(np.random.default_rng((toy.HELD_OUT, 11)), plan.long_seconds)
     z_a, reference = encode(models, frames[0], clip.landmarks[0])
-    features = audio.speech_features(speech.sound, models.speech).to(models.device)
+    features = sample.hear(models, speech.sound)
     pose = sample.poses(models, features, clip.pose[0], how)
     with torch.inference_mode():
-        windows = [w[0] for w in diffusion.sample_motion(
-            models.motion, features[None], reference, pose, [0], sampler, steps)]
+        windows = [w[0] for w in tqdm(diffusion.sample_motion(
+            models.motion, features[None], reference, pose, [0], sampler, steps), "long", leave=False)]
     joins = np.cumsum([len(w) for w in windows])[:-1]
     motion = torch.cat(windows)
     others = np.setdiff1d(np.arange(3, len(motion), 23), joins)
@@ -316,19 +320,21 @@ def score_long(plan, clips, models, finder, how, sampler, steps):
     return {"seam": score(at_joins / movement(others).mean(), truth=1.0)}
 
 
-def score_speed(args, clips):
+def score_speed(args, frame):
     """`rtf`: wall time over the length of 10 s of speech, with start-up and without."""
-    clip, frames = clips[0]
     sound = voices.make_speech(np.random.default_rng((toy.HELD_OUT, 12)), 10.0).sound
     with tempfile.TemporaryDirectory() as folder:
         image, wav, out = (str(Path(folder) / n) for n in ("a.png", "a.wav", "a.mp4"))
-        media.write_image(image, frames[0])
+        media.write_image(image, frame)
         media.write_sound(wav, sound)
-        flags = ["--image", image, "--audio", wav, "--out", out, "--checkpoint",
-                 str(args.checkpoint), "--device", args.device]
+        flags = ["--image", image, "--audio", wav, "--out", out]
+        for name in ("checkpoint", "device", "sampler", "steps", "pose", "wav2vec2"):
+            flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
         began = time.monotonic()
         script = Path(__file__).with_name("sample.py")
-        subprocess.run([sys.executable, str(script), *flags], check=True, capture_output=True)
+        done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
+        if done.returncode:
+            raise media.UserError(f"sample.py ended with: {done.stderr.strip()[-300:]}")
         cold = (time.monotonic() - began) / 10
         began = time.monotonic()
         sample.main(flags, quiet=True)
@@ -356,25 +362,32 @@ def main(argv=None):
     p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
     p.add_argument("--steps", type=int, default=20, help="solver steps")
     p.add_argument("--pose", choices=("predict", "free", "still"), default="predict")
+    p.add_argument("--wav2vec2", metavar="FILE", help="its weights, for models trained on it")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--workers", type=int, default=None, help="processes that render the truth")
     args = p.parse_args(argv)
     began = time.monotonic()
     name = "quick" if args.quick else "full" if args.full else "default"
     plan = PLANS[name]
-    models = sample.load_models(args.checkpoint, args.device)
+    if not 1 <= args.steps <= 10_000:
+        raise media.UserError(f"--steps {args.steps}: wants 1 to 10000")
+    models = sample.load_models(args.checkpoint, args.device, args.wav2vec2)
+    if models.vae.config.size != SIZE:
+        raise media.UserError(f"{args.checkpoint}: the held-out heads are {SIZE}x{SIZE}, this VAE "
+                              f"wants {models.vae.config.size}x{models.vae.config.size}")
     finder = detectors.load(sample.find(Path(args.checkpoint), "detector.pt", "detector"),
                             models.device)
     workers = data.default_workers() if args.workers is None else args.workers
     clips = data.in_parallel(held_out, range(plan.clips), workers, "rendering the truth")
 
+    speed = score_speed(args, clips[0][1][0])
     numbers, floor = score_truth(plan, clips, finder)
     numbers |= score_self(plan, clips, models, finder, floor)
     numbers |= score_cross(plan, clips, models, finder)
     sampling = functools.partial(score_speech, plan, clips, models, finder)
     numbers |= sampling(args.pose, args.sampler, args.steps)
     numbers |= score_long(plan, clips, models, finder, args.pose, args.sampler, args.steps)
-    numbers |= score_speed(args, clips)
+    numbers |= speed
     show(numbers)
     print(f"{name} plan, {plan.clips} clips, Toy Heads version {toy.TOY_VERSION}, "
           f"{(time.monotonic() - began) / 60:.1f} minutes")

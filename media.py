@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 FPS = 25                        # frames a second
 RATE = 16_000                   # samples a second
 MEGAPIXELS = 100                # the largest picture that is read
 SHORTEST = .2                   # seconds of sound that make speech
+HOLE, LEAP = .05, 600           # seconds between packets that are silence, that are a broken clock
+HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc", b"ftypheim")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v")
 
 
@@ -48,6 +50,20 @@ def run(main, argv=None):
         sys.exit(130)
 
 
+def _av():
+    """PyAV, quiet."""
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("sound and video need PyAV: pip install av") from error
+    av.logging.set_level(None)
+    return av
+
+
+def _reason(error):
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:100]
+
+
 # ---- arrays --------------------------------------------------------------------------------------
 
 def to_float(pictures):
@@ -71,7 +87,53 @@ def grid(pictures, columns):
     return sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
 
 
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#66a182", "#8d5a97", "#444444")
+
+
+def charts(series, smooth=.02):
+    """One small chart a name, two in a row. series {name: (steps, values)} -> (H, W, 3) uint8.
+
+    Values are smoothed over a share of the run; the axis is logarithmic where they span much.
+    """
+    width, height = 420, 220
+    rows = -(-len(series) // 2)
+    sheet = Image.new("RGB", (width * min(2, len(series)), height * rows), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (name, (steps, values)) in enumerate(series.items()):
+        corner = (k % 2 * width, k // 2 * height)
+        _chart(pen, corner, (width, height), name, steps, _smoothed(values, smooth),
+               COLOURS[k % len(COLOURS)])
+    return np.asarray(sheet)
+
+
+def _smoothed(values, share):
+    n = max(1, int(len(values) * share))
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    first = np.maximum(np.arange(1, len(values) + 1) - n, 0)
+    return (total[1:] - total[first]) / (np.arange(1, len(values) + 1) - first)
+
+
+def _chart(pen, corner, size, name, steps, values, colour):
+    x0, y0, w, h = corner[0] + 46, corner[1] + 22, size[0] - 62, size[1] - 46
+    is_log = values.min() > 0 and values.max() / values.min() > 8
+    shown = np.log10(values) if is_log else values
+    low, high = shown.min(), max(shown.max(), shown.min() + 1e-9)
+    for share in (0, .5, 1):
+        y, at = y0 + h * (1 - share), low + share * (high - low)
+        pen.line([x0, y, x0 + w, y], "#dddddd")
+        pen.text((corner[0] + 2, y - 6), f"{10 ** at if is_log else at:.3g}", "#555555")
+    x = x0 + w * (steps - steps[0]) / max(steps[-1] - steps[0], 1)
+    y = y0 + h * (1 - (shown - low) / (high - low))
+    pen.line(np.stack([x, y], 1).ravel().tolist(), colour, 2)
+    pen.text((x0, corner[1] + 4), name + (" (log)" if is_log else ""), "black")
+    pen.text((x0, y0 + h + 6), f"step {int(steps[0])} .. {int(steps[-1])}", "#555555")
+
+
 # ---- writing safely ------------------------------------------------------------------------------
+
+def _beside(path):
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -81,7 +143,7 @@ def replacing(path):
     UserError, naming the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -104,6 +166,8 @@ def write_image(path, picture):
 
 def write_sound(path, sound, rate=RATE):
     """Write (T,) float in [-1, 1] as a 16-bit mono wav."""
+    if Path(path).suffix.lower() != ".wav":
+        raise UserError(f"{path}: sound is written as .wav; give it that ending")
     samples = (np.clip(sound, -1, 1) * 32767).round().astype("<i2")
     with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setnchannels(1)
@@ -144,8 +208,7 @@ def read_image(path):
     except UnidentifiedImageError:
         return _first_frame(path)
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: a broken picture ({reason}); save it again") from error
+        raise UserError(f"{path}: a broken picture ({_reason(error)}); save it again") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -165,10 +228,15 @@ def _to_rgb(image):
 
 
 def _first_frame(path):
+    with open(path, "rb") as file:
+        begin = file.read(12)
+    if begin[4:] in HEIC:
+        raise UserError(f"{path}: a HEIC picture, as phones take; save it as jpg")
     try:
         frame = next(read_video(path))
     except (UserError, StopIteration) as error:
-        raise UserError(f"{path}: not a picture; use a png or jpg") from error
+        raise UserError(f"{path}: neither a picture nor a video (it begins {begin!r}); "
+                        "use a png or jpg") from error
     print(f"note: {path} is a video; its first frame is the portrait", file=sys.stderr)
     return frame
 
@@ -178,26 +246,40 @@ def _first_frame(path):
 @contextlib.contextmanager
 def _opened(path, kind):
     """An open container and its first stream of a kind, "audio" or "video"; UserError otherwise."""
-    import av
     check_file(path)
-    av.logging.set_level(None)
+    av = _av()
     try:
-        with av.open(str(path)) as container:
-            streams = getattr(container.streams, kind)
-            if kind == "video":                                  # not a record's sleeve
-                streams = [s for s in streams if not _is_cover(s)]
-            if not streams:
-                held = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-                raise UserError(f"{path}: no {kind} in it, only {held}")
-            yield container, streams[0]
+        with av.open(f"file:{path}", metadata_errors="ignore") as container:
+            text = container.format.name == "tty"            # would be drawn as a terminal's screen
+            streams = [s for s in container.streams if not text and not _is_cover(s)]
+            chosen = [s for s in streams if s.type == kind and s.codec_context]
+            if not chosen:
+                held = "text" if text else ", ".join(sorted({s.type for s in streams})) or "nothing"
+                raise UserError(f"{path}: no {kind} in it that can be read (found: {held})")
+            yield container, chosen[0]
     except (av.FFmpegError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: cannot be read as {kind} ({reason})") from error
+        raise UserError(f"{path}: cannot be read as {kind} ({_reason(error)})") from error
 
 
-def _is_cover(stream):
-    disposition = getattr(stream, "disposition", None)
-    return bool(disposition) and "attached_pic" in str(disposition)
+def _is_cover(stream):                                       # the picture on a record's sleeve
+    return "attached_pic" in repr(getattr(stream, "disposition", ""))
+
+
+def _decoded(path, container, stream):
+    """The frames of a stream; damaged packets are left out with a note, UserError if all are."""
+    av, count, damaged = _av(), 0, None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            damaged = error
+            continue
+        count += len(frames)
+        yield from frames
+    if damaged and count:
+        print(f"note: {path} is damaged in places; those are left out", file=sys.stderr)
+    elif damaged:
+        raise damaged
 
 
 def read_sound(path, rate=RATE):
@@ -205,29 +287,47 @@ def read_sound(path, rate=RATE):
 
     UserError for no sound, for less than 0.2 s, and for samples that are not numbers.
     """
-    import av
     with _opened(path, "audio") as (container, stream):
-        resampler = av.AudioResampler(format="fltp", rate=rate)      # all channels, then their mean
-        pieces, start = [], None
-        for frame in container.decode(stream):
-            if start is None:
-                start = frame.time or 0.0
-            pieces += [f.to_ndarray().mean(0) for f in resampler.resample(frame)]
-        if start is not None:
-            pieces += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
-        zero = _start_of_pictures(container, start or 0.0)
-    sound = np.concatenate([np.zeros(0, np.float32), *pieces]).astype(np.float32)
-    if not np.isfinite(sound).all():
-        raise UserError(f"{path}: holds samples that are not numbers; export it again")
-    shift = round(((start or 0.0) - zero) * rate)           # late sound is padded, early cut
-    sound = np.pad(sound, (shift, 0)) if shift > 0 else sound[-shift:]
+        sound, start = _resampled(_decoded(path, container, stream), stream, rate)
+        late = start - _start_of_pictures(container, start)
+    shift = round(late * rate) if abs(late) < LEAP else 0
+    sound = np.pad(sound, (shift, 0)) if shift > 0 else sound[-shift:]  # late: padded, early: cut
     if len(sound) < SHORTEST * rate:
         raise UserError(f"{path}: {len(sound) / rate:.2f} s of sound, at least {SHORTEST} s are "
                         "needed")
-    return np.clip(sound, -1, 1)
+    if not np.isfinite(sound).all():
+        raise UserError(f"{path}: holds samples that are not numbers; export it again")
+    peak = np.abs(sound).max()
+    return sound / peak if peak > 2 else np.clip(sound, -1, 1)     # floats on the scale of integers
+
+
+def _resampled(frames, stream, rate):
+    """Frames of sound -> (T,) float32 mono at `rate`, holes as silence; the first one's time, s."""
+    layout = "mono" if stream.channels > 2 else None         # stereo's mean; of more, centre first
+    resampler = _av().AudioResampler(format="fltp", layout=layout, rate=rate)
+    pieces, start, end = [np.zeros(0, np.float32)], None, 0.0
+    for frame in frames:
+        time = end if frame.time is None else frame.time
+        if start is None:
+            start = end = time
+        if HOLE < time - end < LEAP:
+            pieces.append(np.zeros(round((time - end) * rate), np.float32))
+            end = time
+        pieces += [f.to_ndarray().mean(0) for f in resampler.resample(frame)]
+        end += frame.samples / frame.sample_rate
+    if start is not None:
+        pieces += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
+    return _without_padding(np.concatenate(pieces), stream, rate), start or 0.0
+
+
+def _without_padding(sound, stream, rate):
+    """Cut what a codec added to fill its last packet."""
+    length = round(float((stream.duration or 0) * stream.time_base) * rate)
+    return sound[:length] if 0 < len(sound) - length < 2048 / stream.rate * rate else sound
 
 
 def _start_of_pictures(container, otherwise):
+    """When a container's video begins, in seconds."""
     for stream in container.streams.video:
         if not _is_cover(stream) and stream.start_time is not None:
             return float(stream.start_time * stream.time_base)
@@ -242,19 +342,27 @@ def read_video(path):
     """
     with _opened(path, "video") as (container, stream):
         stream.thread_type = "AUTO"
-        zero, shown, count, time, step = None, None, 0, 0.0, 1 / FPS
-        for frame in container.decode(stream):
-            now = frame.time or 0.0
-            zero = now if zero is None else zero
-            if shown is not None:
-                step = max(now - zero - time, 0) or step
-            time = now - zero
-            while shown is not None and (count + .5) / FPS < time:
-                count += 1
-                yield shown
-            shown = _upright(frame)
-        for _ in range(count, round(FPS * (time + step)) if shown is not None else 0):
+        frames = _decoded(path, container, stream)
+        for frame in _at_25(frames, float(stream.average_rate or FPS)):
+            yield _upright(frame)
+
+
+def _at_25(frames, rate):
+    """Frames with times, or of a known rate -> the one on show at (k + 0.5) / 25, k = 0, 1, ..."""
+    shown, zero, time, step, count = None, 0.0, 0.0, 1 / rate, 0
+    for frame in frames:
+        if shown is None:
+            zero = frame.time or 0.0
+        else:
+            later = time + step if frame.time is None else frame.time - zero
+            step = later - time if 0 < later - time < LEAP else step
+            time += step if later > time else 0
+        while shown is not None and (count + .5) / FPS < time:
+            count += 1
             yield shown
+        shown = frame
+    for _ in range(count, round(FPS * (time + step)) if shown is not None else 0):
+        yield shown
 
 
 def _upright(frame):
@@ -277,40 +385,46 @@ class VideoWriter:
     frame a key frame. UserError where the file cannot be written.
     """
 
-    def __init__(self, path, height, width, sound=None, rate=RATE, intra=False):
-        self.path, self.sound, self.rate = Path(path), sound, rate
+    def __init__(self, path, height, width, sound=None, rate=RATE, intra=False, title=None):
+        self.path, self.rate, self.title = Path(path), rate, title
+        self.sound = None if sound is None else np.asarray(sound, dtype=np.float32)
         self.size, self.intra = (height, width), intra
         self.frames = self.samples = 0
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise UserError(f"{path}: a video's name ends in one of {' '.join(VIDEO_SUFFIXES)}")
         if self.path.is_dir():
             raise UserError(f"{path}: is a folder; name a file in it")
-        name = f".{self.path.stem}.{os.getpid()}{self.path.suffix}"
-        self.temporary = self.path.with_name(name)
+        self.temporary = _beside(self.path)
 
     def __enter__(self):
-        import av
-        av.logging.set_level(None)
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.container = av.open(str(self.temporary), "w")
-            options = {"crf": "18", "preset": "veryfast", "bf": "0"}
-            options |= {"g": "1"} if self.intra else {}
-            self.video = self.container.add_stream("libx264", rate=FPS, options=options)
-            height, width = self.size
-            self.video.height, self.video.width = height + height % 2, width + width % 2
-            self.video.pix_fmt = "yuv420p"
-            if self.sound is not None:
-                self.audio = self.container.add_stream("aac", rate=self.rate, layout="mono")
+            self.container = _av().open(f"file:{self.temporary}", "w",
+                                        container_options={"movflags": "+faststart"})
+            if self.title:
+                self.container.metadata["title"] = self.title
+            self._add_streams()
         return self
+
+    def _add_streams(self):
+        """H.264 that every player shows in the same colours, and AAC where there is sound."""
+        options = {"crf": "18", "preset": "veryfast", "bf": "0", "g": "1" if self.intra else "250"}
+        self.video = self.container.add_stream("libx264", rate=FPS, options=options)
+        height, width = self.size
+        self.video.height, self.video.width = height + height % 2, width + width % 2
+        self.video.pix_fmt = "yuv420p"
+        codec = self.video.codec_context                     # sRGB through BT.601, video's range
+        codec.colorspace, codec.color_range, codec.color_primaries, codec.color_trc = 5, 1, 1, 13
+        if self.sound is not None:
+            self.audio = self.container.add_stream("aac", rate=self.rate, layout="mono")
 
     def write(self, frames):
         """Append frames (n, H, W, 3) uint8, and the sound that belongs to them."""
-        import av
         height, width = self.size
+        assert frames.shape[1:] == (height, width, 3), f"frames {frames.shape} for {self.size}"
         for picture in frames:
             even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            frame = av.VideoFrame.from_ndarray(even, format="rgb24")
+            frame = _av().VideoFrame.from_ndarray(even, format="rgb24")
             frame.pts = self.frames
             with self._explained():
                 self.container.mux(self.video.encode(frame))
@@ -319,45 +433,43 @@ class VideoWriter:
 
     def _write_sound(self, until):
         """Encode the sound's samples up to `until`."""
-        import av
         while self.sound is not None and self.samples < min(until, len(self.sound)):
-            piece = self.sound[self.samples:min(self.samples + 1024, until)].astype(np.float32)
-            frame = av.AudioFrame.from_ndarray(piece[None], format="flt", layout="mono")
+            piece = self.sound[self.samples:min(self.samples + 1024, until)]
+            frame = _av().AudioFrame.from_ndarray(piece[None], format="flt", layout="mono")
             frame.sample_rate, frame.pts = self.rate, self.samples
             self.container.mux(self.audio.encode(frame))
             self.samples += len(piece)
 
     def __exit__(self, kind, error, trace):
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         try:
-            with self._explained():
-                if kind is None or (interrupted and self.frames):
-                    self._finish(len(self.sound) if kind is None and self.sound is not None else 0)
-                    goal = self.path if kind is None else \
-                        self.path.with_suffix(f".partial{self.path.suffix}")
-                    os.replace(self.temporary, goal)
-                    if interrupted:
-                        print(f"\nstopped; the {self.frames} frames that were done are in {goal}",
-                              file=sys.stderr)
-                else:
+            if kind is None:
+                self._finish(self.path, 0 if self.sound is None else len(self.sound))
+            elif issubclass(kind, KeyboardInterrupt) and self.frames:
+                part = self.path.with_suffix(f".partial{self.path.suffix}")
+                self._finish(part, 0)
+                print(f"\nnote: stopped; the {self.frames} frames that were done are in {part}",
+                      file=sys.stderr)
+            else:
+                with contextlib.suppress(Exception):                     # the first error counts
                     self.container.close()
         finally:
             with contextlib.suppress(OSError):
                 self.temporary.unlink()
 
-    def _finish(self, until):
-        self._write_sound(until)
-        self.container.mux(self.video.encode(None))
-        if self.sound is not None:
-            self.container.mux(self.audio.encode(None))
-        self.container.close()
+    def _finish(self, path, until):
+        """Write the sound up to sample `until`, empty the codecs, and give the file its name."""
+        with self._explained():
+            self._write_sound(until)
+            self.container.mux(self.video.encode(None))
+            if self.sound is not None:
+                self.container.mux(self.audio.encode(None))
+            self.container.close()
+            os.replace(self.temporary, path)
 
     @contextlib.contextmanager
     def _explained(self):
         """What goes wrong below becomes one line with the file's name."""
-        import av
         try:
             yield
-        except (OSError, av.FFmpegError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
-            raise UserError(f"{self.path}: cannot be written ({reason})") from error
+        except (OSError, _av().FFmpegError) as error:
+            raise UserError(f"{self.path}: cannot be written ({_reason(error)})") from error

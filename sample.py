@@ -42,9 +42,10 @@ class Models:
     std: torch.Tensor
     speech: str
     device: torch.device
+    wav2vec2: str | None = None
 
 
-def load_models(folder, device):
+def load_models(folder, device, wav2vec2=None):
     """VAE and motion model from a folder with vae.pt and motion.pt, or a `make train` folder."""
     folder = Path(folder)
     device = training.pick_device(device)
@@ -56,11 +57,10 @@ def load_models(folder, device):
         mean, std = (torch.tensor(held[k]).view(-1, 1, 1).to(device) for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError) as error:
         raise media.UserError(f"{path}: its latents' mean and std are missing") from error
-    side = vae.config.size // vae.config.motion_factor
-    if side != motion.config.motion_size:
-        raise media.UserError(f"{path}: made for motion latents of {motion.config.motion_size}x"
-                              f"{motion.config.motion_size}, the VAE's are {side}x{side}")
-    return Models(vae, motion, mean, std, held.get("speech", "mel"), device)
+    if held.get("vae") != training.fingerprint(vae):
+        raise media.UserError(f"{path}: was trained on another VAE's latents; train_diffusion.py "
+                              "--vae makes one for this VAE")
+    return Models(vae, motion, mean, std, held.get("speech", "mel"), device, wav2vec2)
 
 
 def find(folder, name, run):
@@ -87,6 +87,11 @@ def encode_portrait(models, picture, points):
     x_m = media.to_float(draw(points, len(picture)))[None].to(models.device)
     z_a = models.vae.encode_appearance(x_a)[0]
     return z_a, (models.vae.encode_motion(x_m)[0] - models.mean) / models.std
+
+
+def hear(models, sound):
+    """The speech features that the model was trained on: (T,) -> (N, d_s)."""
+    return audio.speech_features(sound, models.speech, models.wav2vec2).to(models.device)
 
 
 @torch.inference_mode()
@@ -142,7 +147,7 @@ def main(argv=None, quiet=False):
     args = arguments(argv)
     picture = media.read_image(args.image)
     sound = media.read_sound(args.audio)
-    models = load_models(args.checkpoint, args.device)
+    models = load_models(args.checkpoint, args.device, args.wav2vec2)
     finder = None if args.detector == "mediapipe" else \
         detectors.load(find(Path(args.checkpoint), "detector.pt", "detector"), models.device)
 
@@ -152,10 +157,10 @@ def main(argv=None, quiet=False):
     size = models.vae.config.size
     portrait, points = frame_portrait(picture, points, size)
     z_a, reference = encode_portrait(models, portrait, points)
-    speech = audio.speech_features(sound, models.speech, args.wav2vec2).to(models.device)
+    speech = hear(models, sound)
     pose = poses(models, speech, head_pose(points), args.pose)
 
-    shown, wanted = [], set(range(0, len(speech), max(1, len(speech) // 16)))
+    shown, wanted = [], np.linspace(0, len(speech) - 1, min(16, len(speech))).astype(int)
     with media.VideoWriter(args.out, size, size, sound) as video, \
             tqdm(total=len(speech), desc="frames", unit="frame", leave=False, disable=quiet) as bar:
         for window in diffusion.sample_motion(models.motion, speech[None], reference, pose,
@@ -166,7 +171,7 @@ def main(argv=None, quiet=False):
                 bar.update(len(frames))
     spent, seconds = time.monotonic() - began, len(sound) / media.RATE
     if args.sheet:
-        media.write_image(args.sheet, media.grid(np.stack(shown[:16]), 8))
+        media.write_image(args.sheet, media.grid(np.stack(shown), 8))
     if quiet:
         return
     print(f"{args.out}\n{len(speech)} frames, {seconds:.2f} s of speech, made in {spent:.1f} s: "

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -330,13 +331,15 @@ def training_seed(seed, k):
 
 
 def default_workers():
-    """One process a core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One process a core that this process may use; torchrun's processes share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def executor(workers):
     """Worker processes that start clean (forking a process with torch threads can hang)."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
+                               (signal.SIGINT, signal.SIG_IGN))      # Ctrl-C is the parent's
 
 
 def in_parallel(make, items, workers, what):
@@ -363,8 +366,9 @@ def main(argv=None):
     parser.add_argument("--instruct", metavar="TEXT", help="obey an instruction")
     parser.add_argument("--defect", choices=DEFECTS, help="put a defect into the clip")
     args = parser.parse_args(argv)
-    if args.seconds < .2 or args.size < 32:
-        raise media.UserError("toy.py wants --seconds of at least 0.2 and --size of at least 32")
+    if args.seconds < .2 or args.size < 32 or args.seed < 0:
+        raise media.UserError("toy.py wants --seconds of 0.2 or more, --size of 32 or more and a "
+                              "--seed that is not negative")
     if args.sheet:
         heads = [make_portraits(args.seed + k, 1, args.size)[0][0] for k in range(64)]
         media.write_image(args.sheet, media.grid(np.stack(heads), 8))

@@ -70,12 +70,14 @@ def arguments(argv):
     args = p.parse_args(argv)
     recipe = RECIPES[args.preset]
     for name in ("batch", "lr", "optimiser", "warmup"):
-        setattr(args, name, getattr(args, name) or recipe[name])
-    if not args.steps and not args.minutes:
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    if args.steps is None and args.minutes is None:
         args.minutes = 45.0
-    if args.batch < 1 or args.batch % args.accumulate or args.every < 1 or args.clips < 1:
-        raise media.UserError("--batch must be above zero and divisible by --accumulate; --clips "
-                              "and --every above zero")
+    if min(args.batch, args.accumulate, args.every, args.clips, args.lr) <= 0 or args.seed < 0:
+        raise media.UserError("--batch, --accumulate, --every, --clips and --lr must be above zero, "
+                              "--seed not negative")
+    training.Budget(args.steps, args.minutes)
     return args, recipe
 
 
@@ -95,7 +97,7 @@ class Motions:
 
     def __init__(self, source, vae, device, mean=None, std=None):
         self.source, self.vae, self.device, self.items = source, vae, device, []
-        self.mean, self.std = mean, std
+        self.mean, self.std = (None if v is None else v.cpu() for v in (mean, std))
 
     def grow(self, step):
         """Gain what the pool must hold before this step."""
@@ -175,7 +177,7 @@ class Unseen:
         for k in range(heads):
             for motion in (self.motion[k, at], made[k, at]):
                 scale, shift = (v.view(-1, 1, 1) for v in (self.motions.std, self.motions.mean))
-                z_m = (motion * scale + shift).to(self.device)
+                z_m = (motion * scale + shift).to(self.device)           # on the CPU until here
                 x_hat = self.vae.decode(self.z_a[k:k + 1].expand(frames, -1, -1, -1), z_m)
                 rows.append(media.to_uint8(x_hat))
         return media.grid(np.concatenate(rows), frames)
@@ -194,13 +196,13 @@ def read_opening(motions):
 class Clips:
     """The clips of a folder, all there from the start, in the form of a GrowingPool."""
 
-    def __init__(self, folder, kind):
-        self.paths, self.kind, self.done = data.clip_paths(folder), kind, False
+    def __init__(self, folder, *wanted):
+        self.paths, self.wanted, self.done = data.clip_paths(folder), wanted, False
 
     def grow(self, step):
         paths, self.done = ([] if self.done else self.paths), True
         for k in tqdm(range(len(paths)), "clips", leave=False):
-            yield data.clip_motion(k, self.paths, self.kind)
+            yield data.clip_motion(k, self.paths, *self.wanted)
 
     def close(self):
         pass
@@ -211,9 +213,12 @@ def main(argv=None):
     args, recipe = arguments(argv)
     processes = training.start_processes(args.device)
     device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
+    if args.batch % (processes.world * args.accumulate):
+        raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} processes "
+                              f"times --accumulate {args.accumulate}")
     out, last = Path(args.out), Path(args.out) / "last.pt"
     vae, _ = training.load_model(vaes.VAE, vaes.VAEConfig, args.vae, device)
-    vae = vae.to(memory_format=torch.channels_last)
+    vae, vae_is = vae.to(memory_format=torch.channels_last), training.fingerprint(vae)
     side = vae.config.size // vae.config.motion_factor
     config = diffusion.preset(args.preset, motion_size=side,
                               speech_features=audio.FEATURES[args.speech])
@@ -226,25 +231,27 @@ def main(argv=None):
 
     # ---- resume ----
     if args.init:
-        start = training.load(args.init)
-        training.load_weights(model, {k: v.float() for k, v in start["weights"].items()}, args.init)
-        held = {name: torch.tensor(start[name]) for name in ("mean", "std")}
+        start, told = training.load_model(diffusion.MotionModel, diffusion.MotionConfig, args.init)
+        training.load_weights(model, start.state_dict(), args.init)
+        held = {name: torch.tensor(told[name]) for name in ("mean", "std") if name in told}
     ema = training.Ema(model, .998)
+    if args.fresh and processes.leads:
+        last.unlink(missing_ok=True)
     if last.exists() and not args.fresh:
         held = training.load(last, device)
-        if held.get("preset") != args.preset:
-            raise media.UserError(f"{last}: a run of another preset; use --fresh or another --out")
+        if (held.get("preset"), held.get("vae")) != (args.preset, vae_is):
+            raise media.UserError(f"{last}: a run of another preset or VAE; use --fresh or another "
+                                  "--out")
         training.load_weights(model, held["model"], last)
-        for optimiser, state in zip(optimisers, held["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        training.load_optimisers(optimisers, held["optimisers"], last)
         ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
-    budget = training.Budget(args.steps, None if args.steps else args.minutes, spent)
+    budget = training.Budget(args.steps, args.minutes, spent)
     net = training.distribute(diffusion.Objective(model), processes)
 
     # ---- data ----
     make = functools.partial(data.toy_motion, seed=args.seed, seconds=CLIP_SECONDS,
                              size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
-    source = Clips(args.data, args.speech) if args.data else \
+    source = Clips(args.data, vae.config.size, args.speech, args.wav2vec2) if args.data else \
         data.GrowingPool(make, min(FIRST_CLIPS, args.clips), .4, args.clips, args.workers)
     motions = Motions(source, vae, device, held.get("mean"), held.get("std"))
     share = range(args.batch * processes.rank // processes.world,
@@ -256,7 +263,7 @@ def main(argv=None):
         drawn = collate([motions.example(key, recipe["frames"]) for key in keys])
         lengths = drawn["mask"].sum(1).tolist()
         return drawn | diffusion.draw_batch(args.seed, at, share, lengths, config)
-    ahead = training.Ahead(prepare, step)
+    ahead = training.Ahead(prepare, step, device)
     first = ahead(step)                                     # the pool is there: measure its latents
     unseen = Unseen(vae, motions, args.speech, args.wav2vec2, device) if processes.leads else None
     log = training.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
@@ -266,12 +273,13 @@ def main(argv=None):
         """Save, draw, and let the EMA speak on unseen heads."""
         statistics = {"mean": motions.mean, "std": motions.std}
         training.save(last, statistics | {
-            "preset": args.preset, "config": asdict(config), "model": model.state_dict(),
+            "preset": args.preset, "vae": vae_is, "config": asdict(config), "model": model.state_dict(),
             "ema": ema.weights, "step": step, "minutes": budget.spent(), "seed": args.seed,
             "optimisers": [o.state_dict() for o in optimisers]})
-        training.save(out / "motion.pt", {
-            "config": asdict(config), "weights": ema.half(), "speech": args.speech,
-            "mean": motions.mean.tolist(), "std": motions.std.tolist()})
+        training.ship(out / "motion.pt", {
+            "config": asdict(config), "weights": ema.half(), "speech": args.speech, "vae": vae_is,
+            "mean": motions.mean.tolist(), "std": motions.std.tolist()},
+            seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
         shadow.load_state_dict(ema.weights)
         made, r, gain = unseen.speak(shadow)
         media.write_image(out / "grid.png", unseen.grid(made))
@@ -297,6 +305,7 @@ def main(argv=None):
             waited = time.monotonic() - waited
             factor = training.rate_factor(recipe["schedule"], step, used, args.warmup)
             training.set_rate(optimisers, factor)
+            torch.manual_seed(training.generator(args.seed, step, processes.rank).initial_seed())
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=True)
             for k in range(args.accumulate):

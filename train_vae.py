@@ -70,12 +70,15 @@ def arguments(argv):
     run.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
     args = p.parse_args(argv)
     recipe = RECIPES[args.preset]
-    args.batch, args.lr = args.batch or recipe["batch"], args.lr or recipe["lr"]
-    args.optimiser = args.optimiser or recipe["optimiser"]
-    if not args.steps and not args.minutes:
+    for name in ("batch", "lr", "optimiser"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    if args.steps is None and args.minutes is None:
         args.minutes = 80.0
-    if args.batch < 1 or args.batch % args.accumulate or args.every < 1:
-        raise media.UserError("--batch must be above zero and divisible by --accumulate")
+    if min(args.batch, args.accumulate, args.every, args.lr) <= 0 or args.seed < 0:
+        raise media.UserError("--batch, --accumulate, --every and --lr must be above zero, --seed "
+                              "not negative")
+    training.Budget(args.steps, args.minutes)
     return args, recipe
 
 
@@ -125,6 +128,9 @@ def main(argv=None):
     args, recipe = arguments(argv)
     processes = training.start_processes(args.device)
     device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
+    if args.batch % (processes.world * args.accumulate):
+        raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} processes "
+                              f"times --accumulate {args.accumulate}")
     out, last = Path(args.out), Path(args.out) / "last.pt"
     config = models.PRESETS[args.preset]
 
@@ -136,25 +142,29 @@ def main(argv=None):
     if args.lpips and lpips is None:
         raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(models.LPIPS.FILES)}")
     perceptual = lpips and lpips.to(device)
+    if processes.leads:
+        print("perceptual term: " + ("LPIPS" if lpips else "differences of neighbouring pixels (no "
+              f"{' and '.join(models.LPIPS.FILES)} in torch hub's cache)"))
     optimisers = training.make_optimisers(model, args.optimiser, args.lr, recipe["betas"])
     judge_optimisers = training.make_optimisers(judge, "adam", args.lr / 2, (.5, .9))
     step, spent, adversary_on = 0, 0.0, False
 
     # ---- resume ----
     if args.init:
-        held = training.load(args.init)
-        training.load_weights(model, {k: v.float() for k, v in held["weights"].items()}, args.init)
+        start, _ = training.load_model(models.VAE, models.VAEConfig, args.init)
+        training.load_weights(model, start.state_dict(), args.init)
     ema = training.Ema(model)
+    if args.fresh and processes.leads:
+        last.unlink(missing_ok=True)
     if last.exists() and not args.fresh:
         held = training.load(last, device)
         if held.get("preset") != args.preset:
             raise media.UserError(f"{last}: a run of another preset; use --fresh or another --out")
         training.load_weights(model, held["model"], last)
         training.load_weights(judge, held["judge"], last)
-        for optimiser, state in zip(optimisers + judge_optimisers, held["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        training.load_optimisers(optimisers + judge_optimisers, held["optimisers"], last)
         ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
-    budget = training.Budget(args.steps, None if args.steps else args.minutes, spent)
+    budget = training.Budget(args.steps, args.minutes, spent)
     net, judge_net = (training.distribute(m, processes) for m in (model, judge))
 
     # ---- data ----
@@ -169,7 +179,7 @@ def main(argv=None):
         drawn["noise_a"], drawn["noise_m"] = latent_noise(config, args.seed, at, first_sample,
                                                           len(drawn["target"]))
         return drawn
-    ahead = training.Ahead(prepare, step)
+    ahead = training.Ahead(prepare, step, device)
     unseen = Unseen(config.size) if processes.leads else None
     log = training.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
     shadow = models.VAE(config).to(device, memory_format=torch.channels_last).eval()
@@ -181,7 +191,8 @@ def main(argv=None):
                  "minutes": budget.spent(), "seed": args.seed,
                  "optimisers": [o.state_dict() for o in optimisers + judge_optimisers]}
         training.save(last, state)
-        training.save(out / "vae.pt", {"config": asdict(config), "weights": ema.half()})
+        training.ship(out / "vae.pt", {"config": asdict(config), "weights": ema.half()},
+                      seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
         shadow.load_state_dict(ema.weights)
         x_hat = unseen.reconstruct(shadow, device)
         media.write_image(out / "grid.png", unseen.grid(x_hat))

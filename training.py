@@ -9,10 +9,13 @@ the nearest orthogonal matrix of the momentum), which on two cores saves two thi
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import math
 import os
 import pickle
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 
 import media
@@ -46,9 +48,10 @@ class Processes:
 def start_processes(device="auto"):
     """Join the process group that torchrun announces, or stay alone."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = pick_device(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -74,7 +77,7 @@ def pick_device(name="auto"):
 def pick_dtype(name, device):
     """bf16 for "auto" where the hardware is fast at it, else fp32. Returns the autocast dtype."""
     cpu = [getattr(torch.cpu, f"_is_{n}_supported", bool) for n in ("amx_tile", "avx512_bf16")]
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else \
         device.type == "cpu" and any(supported() for supported in cpu)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
 
@@ -254,14 +257,18 @@ class Stop:
 
 
 class Ahead:
-    """make(step) for coming steps, computed in threads while the current step trains."""
+    """make(step) for step after step. Beside a GPU a thread prepares the coming steps; on a CPU
+    it would only take the cores from the training."""
 
-    def __init__(self, make, first, depth=3):
-        self.make, self.next, self.depth, self.waiting = make, first, depth, []
+    def __init__(self, make, first, device):
+        self.make, self.next, self.waiting = make, first, []
+        self.depth = 3 if device.type == "cuda" else 0
         self.pool = ThreadPoolExecutor(1)
 
     def __call__(self, step):
         """The value of `step`; steps must come in order."""
+        if not self.depth:
+            return self.make(step)
         while self.next < step + self.depth:
             self.waiting.append(self.pool.submit(self.make, self.next))
             self.next += 1
@@ -280,6 +287,22 @@ def save(path, state):
             torch.save(state, temporary)
         except RuntimeError as error:                           # how torch reports a full disk
             raise OSError(f"cannot be saved: {error}".split("\n")[0]) from error
+
+
+def ship(path, state, **told):
+    """Save what others use, and beside it a JSON that says how it was made."""
+    save(path, state)
+    told = {"command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]])} | told
+    with media.replacing(Path(path).with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def fingerprint(model):
+    """A few letters that tell these weights, in fp16, from all others."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def load(path, device="cpu"):
@@ -319,6 +342,15 @@ def load_model(kind, config, path, device="cpu"):
     return model.eval().requires_grad_(False), held
 
 
+def load_optimisers(optimisers, states, path):
+    """Fill optimisers; UserError when the run had others."""
+    try:
+        for optimiser, state in zip(optimisers, states, strict=True):
+            optimiser.load_state_dict(state)
+    except ValueError as error:
+        raise media.UserError(f"{path}: a run with another --optimiser; use --fresh") from error
+
+
 # ---- logs and curves -----------------------------------------------------------------------------
 
 class Log:
@@ -354,47 +386,15 @@ def read_log(path):
         return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#66a182", "#8d5a97", "#444444")
-
-
-def draw_curves(log_path, png, columns, smooth=.02):
-    """One small chart a column over steps, smoothed over a share of the run."""
+def draw_curves(log_path, png, columns):
+    """A small smoothed chart for each column of a log.csv, over steps."""
     rows = read_log(log_path)
-    if len(rows) < 2:
-        return
-    width, height = 420, 220
-    shape = (width * min(2, len(columns)), height * -(-len(columns) // 2))
-    sheet = Image.new("RGB", shape, "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, name in enumerate(columns):
-        corner = (k % 2 * width, k // 2 * height)
-        steps = np.array([r["step"] for r in rows])
-        values = np.array([r.get(name, math.nan) for r in rows])
+    steps = np.array([row["step"] for row in rows])
+    series = {}
+    for name in columns:
+        values = np.array([row.get(name, math.nan) for row in rows])
         kept = np.isfinite(values)
         if kept.sum() >= 2:
-            _chart(pen, corner, (width, height), name, steps[kept],
-                   _smoothed(values[kept], smooth), COLOURS[k % len(COLOURS)])
-    media.write_image(png, np.asarray(sheet))
-
-
-def _smoothed(values, share):
-    n = max(1, int(len(values) * share))
-    total = np.cumsum(np.concatenate([[0.0], values]))
-    first = np.maximum(np.arange(1, len(values) + 1) - n, 0)
-    return (total[1:] - total[first]) / (np.arange(1, len(values) + 1) - first)
-
-
-def _chart(pen, corner, size, name, steps, values, colour):
-    x0, y0, w, h = corner[0] + 46, corner[1] + 22, size[0] - 62, size[1] - 46
-    is_log = values.min() > 0 and values.max() / values.min() > 8
-    shown = np.log10(values) if is_log else values
-    low, high = shown.min(), max(shown.max(), shown.min() + 1e-9)
-    for share in (0, .5, 1):
-        y, at = y0 + h * (1 - share), low + share * (high - low)
-        pen.line([x0, y, x0 + w, y], "#dddddd")
-        pen.text((corner[0] + 2, y - 6), f"{10 ** at if is_log else at:.3g}", "#555555")
-    x = x0 + w * (steps - steps[0]) / max(steps[-1] - steps[0], 1)
-    y = y0 + h * (1 - (shown - low) / (high - low))
-    pen.line(np.stack([x, y], 1).ravel().tolist(), colour, 2)
-    pen.text((x0, corner[1] + 4), name + (" (log)" if is_log else ""), "black")
-    pen.text((x0, y0 + h + 6), f"step {int(steps[0])} .. {int(steps[-1])}", "#555555")
+            series[name] = steps[kept], values[kept]
+    if series:
+        media.write_image(png, media.charts(series))

@@ -192,6 +192,9 @@ def move_lips(rng, segments, seconds):
     """
     m = round(seconds * CONTROL) + 1
     time = np.arange(m) / CONTROL
+
+    def around(start, end, reach):
+        return slice(*np.searchsorted(time, (start - reach, end + reach)))
     total, weight = np.full((m, 4), 1e-3) * REST, np.full((m, 1), 1e-3)
     open_to, stress = np.ones(m), np.zeros(m)
     for phoneme, start, end, accent in segments:
@@ -201,18 +204,23 @@ def move_lips(rng, segments, seconds):
             target = target * np.exp(rng.normal(0, .10, 4)) + rng.normal(0, .02, 4)
             target[0] *= 1 + .25 * (accent - .3) * (phoneme in VOWELS)
         shift = rng.normal(0, .006)
-        near = slice(*np.searchsorted(time, (start - .25, end + .25)))
+        near = around(start, end, .25)
         away = np.maximum(np.abs(time[near] - middle - shift) - .35 * (end - start), 0)
         pull = p.pull * np.exp(-away / .035)[:, None]
         total[near] += pull * target
         weight[near] += pull
         if phoneme in SILENT and end - start > .12:
-            open_to = np.minimum(open_to, _away_from(time, start + .07, end - .05, .06))
+            near = around(start, end, .1)
+            shut = _away_from(time[near], start + .07, end - .05, .06)
+            open_to[near] = np.minimum(open_to[near], shut)
         elif p.lips_shut:
-            until = start + _closed(p, start, end)
-            open_to = np.minimum(open_to, _away_from(time, start, until, .045))
+            near, until = around(start, end, .2), start + _closed(p, start, end)
+            shut = _away_from(time[near], start, until, .045)
+            open_to[near] = np.minimum(open_to[near], shut)
         elif accent and phoneme in VOWELS:
-            stress = np.maximum(stress, accent * np.exp(-.5 * ((time - middle) / .09) ** 2))
+            near = around(start, end, 1.0)
+            bump = accent * np.exp(-.5 * ((time[near] - middle) / .09) ** 2)
+            stress[near] = np.maximum(stress[near], bump)
     lips = total / weight
     lips[:, 0] *= open_to
     lips[:, 3] *= open_to
@@ -364,6 +372,10 @@ IPA = {"i": "i", "ɪ": "I", "ᵻ": "I", "y": "u", "e": "e", "ɛ": "E", "æ": "A"
        "ʃ": "S", "ʒ": "Z", "ç": "S", "θ": "T", "ð": "D", "h": "h", "x": "h", "l": "l", "ɫ": "l",
        "r": "r", "ɹ": "r", "ɾ": "d", "ʁ": "r", "w": "w", "j": "j", "ʔ": "t", "β": "b"}
 _MARKS = "ˈˌːˑ̩̃ʲʰ͡-"
+# espeak-ng's times, measured against its sound: the mouth is on its way before a phoneme's event,
+# and the event of p, t, k is the burst, after the closure
+EARLY, BEFORE_BURST, SHUT = .01, .05, .08                # seconds; SHUT is the least for p, b, m
+MARGIN = .15                                             # of silence around a sentence
 
 
 class _Event(ctypes.Structure):
@@ -386,7 +398,10 @@ def _espeak_library():
             path, folder = ctypes.util.find_library("espeak-ng"), None
         if not path:
             raise media.UserError("espeak-ng is missing: pip install -r requirements-train.txt")
-        library = ctypes.cdll.LoadLibrary(str(path))
+        try:
+            library = ctypes.cdll.LoadLibrary(str(path))
+        except OSError as error:
+            raise media.UserError(f"espeak-ng does not load ({error})") from error
         data = str(Path(folder).parent).encode() if folder else None
         rate = library.espeak_Initialize(2, 0, data, 0x8003)     # synchronous, phonemes in IPA
         if rate <= 0:
@@ -397,7 +412,11 @@ def _espeak_library():
 
 def espeak(text, voice="en", seed=0):
     """A sentence spoken by espeak-ng; its phoneme times move the lips. UserError without espeak-ng,
-    for an unknown voice, and for a text in which nothing can be spoken."""
+    for an unknown voice, and for a text in which nothing can be spoken.
+
+    A new process says the same again, bit for bit; within one, espeak-ng carries a state from call
+    to call, so that repeats differ by a few samples.
+    """
     library, rate = _espeak_library()
     if library.espeak_SetVoiceByName(voice.encode()) != 0:
         raise media.UserError(f"espeak-ng has no voice {voice!r}")
@@ -423,21 +442,35 @@ def espeak(text, voice="en", seed=0):
     if not pieces or not any(set(name) & set(IPA) for name, _ in heard):
         raise media.UserError(f"{text!r}: espeak-ng finds nothing to say in it")
     sound = _resample(np.concatenate(pieces).astype(np.float32) / 32768, rate)
+    sound = np.pad(sound, round(MARGIN * media.RATE))
     segments = _segments(heard, len(sound) / media.RATE)
     lips, stress = move_lips(np.random.default_rng(seed), segments, len(sound) / media.RATE)
     return Speech(sound, lips, stress, segments)
 
 
 def _segments(heard, seconds):
-    """espeak's phoneme names and start times -> segments in the table's symbols."""
-    segments, ends = [], [start for _, start in heard[1:]] + [seconds]
+    """espeak's phoneme names and times -> segments in the table's symbols, silence around them."""
+    said = [("_", 0.0, 0.0)]                                     # symbol, start, stress
+    ends = [start for _, start in heard[1:]] + [seconds - MARGIN]
     for (name, start), end in zip(heard, ends):
         symbols = [IPA.get(c, "@") for c in name if c not in _MARKS and c.isalpha()] or ["_"]
         accent = .9 if "ˈ" in name else .5 if "ˌ" in name else 0.0
-        step = max(end - start, 0) / len(symbols)
-        segments += [(s, start + k * step, start + (k + 1) * step, accent)
-                     for k, s in enumerate(symbols)]
-    return segments
+        for k, symbol in enumerate(symbols):
+            at = start + MARGIN - EARLY + k * max(end - start, 0) / len(symbols)
+            at -= BEFORE_BURST * (symbol in "ptk")
+            said.append((symbol, max(at, said[-1][1]), accent))
+    said.append(("_", seconds - MARGIN, 0.0))
+    return _long_enough(said, seconds)
+
+
+def _long_enough(said, seconds):
+    """Give p, b, m their SHUT seconds, from what stands before; drop what has no time at all."""
+    starts = [s[1] for s in said] + [seconds]
+    for k in range(len(said) - 1, 0, -1):
+        if PHONEMES[said[k][0]].lips_shut:
+            starts[k] = min(starts[k], max(starts[k + 1] - SHUT, starts[k - 1] + .04))
+    return [(symbol, start, end, accent) for (symbol, _, accent), start, end
+            in zip(said, starts, starts[1:]) if end - start > 1e-3]
 
 
 def _resample(wave, rate):

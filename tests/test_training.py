@@ -96,11 +96,14 @@ def test_a_signal_asks_to_stop_and_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_ahead_keeps_the_order():
-    """Values come in the order of their steps, though they are made in advance."""
-    ahead = training.Ahead(lambda step: step * step, 3)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ahead_keeps_the_order(device):
+    """Values come in the order of their steps, beside a GPU too, where they are made in advance."""
+    made = []
+    ahead = training.Ahead(lambda step: made.append(step) or step * step, 3, torch.device(device))
     assert [ahead(k) for k in range(3, 9)] == [k * k for k in range(3, 9)]
     ahead.close()
+    assert (len(made) > 6) == (device == "cuda")
 
 
 class Harmful:
