@@ -133,14 +133,17 @@ def test_pauses_close_the_mouth():
 
 
 def test_silence_is_silent_and_shut():
-    """silence_share 1 gives no sound and lips at rest throughout; 0.03 about 3 % of clips."""
+    """silence_share 1 gives no sound, and lips at rest throughout."""
     made = speak(3, 3.0, silence_share=1.0)
     assert np.abs(made.sound).max() < 1e-6 and made.stress.max() == 0
     np.testing.assert_allclose(made.lips, np.tile(voices.REST, (75, 1)), atol=1e-6)
-    silent = [np.abs(voices.make_speech(np.random.default_rng(k), .3).lips[:, 0]).max() == 0
-              and len(voices.make_speech(np.random.default_rng(k), .3).segments) <= 2
-              for k in range(300)]
-    assert .005 < np.mean(silent) < .09
+
+
+def test_some_clips_are_silent(monkeypatch):
+    """About 3 % of clips hold no phoneme (300 of them: 9, within chance)."""
+    monkeypatch.setattr(voices, "synthesise", lambda *_: None)
+    clips = [voices.make_speech(np.random.default_rng(k), 2.5) for k in range(300)]
+    assert 2 <= sum(all(s[0] == "_" for s in c.segments) for c in clips) <= 19
 
 
 def test_twins_move_alike_but_not_the_same():
