@@ -215,7 +215,7 @@ def is_drawing(picture, points):
     """Whether the face is drawn in flat colours, as Toy Heads are: most pixels of its crop continue
     their neighbours' colours to within one step of 255, which hardly any photograph's do."""
     face = cut(picture, crop_box(points), 128).astype(np.int16)
-    bend = [np.abs(np.diff(face, 2, axis)).max(-1) for axis in (0, 1)]       # (126, 128), (128, 126)
+    bend = [np.abs(np.diff(face, 2, axis)).max(-1) for axis in (0, 1)]
     return (np.maximum(bend[0][:, 1:-1], bend[1][1:-1]) <= 1).mean() >= FLAT
 
 

@@ -305,8 +305,9 @@ def score_long(plan, clips, models, finder, how, sampler, steps):
     features = sample.hear(models, speech.sound)
     pose = sample.poses(models, features, clip.pose[0], how)
     with torch.inference_mode():
-        windows = [w[0] for w in tqdm(diffusion.sample_motion(
-            models.motion, features[None], reference, pose, [0], sampler, steps), "long", leave=False)]
+        made = diffusion.sample_motion(models.motion, features[None], reference, pose, [0], sampler,
+                                       steps)
+        windows = [w[0] for w in tqdm(made, "long speech", leave=False)]
     joins = np.cumsum([len(w) for w in windows])[:-1]
     motion = torch.cat(windows)
     others = np.setdiff1d(np.arange(3, len(motion), 23), joins)

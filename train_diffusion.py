@@ -75,8 +75,8 @@ def arguments(argv):
     if args.steps is None and args.minutes is None:
         args.minutes = 45.0
     if min(args.batch, args.accumulate, args.every, args.clips, args.lr) <= 0 or args.seed < 0:
-        raise media.UserError("--batch, --accumulate, --every, --clips and --lr must be above zero, "
-                              "--seed not negative")
+        raise media.UserError("--batch, --accumulate, --every, --clips and --lr must be above "
+                              "zero, --seed not negative")
     training.Budget(args.steps, args.minutes)
     return args, recipe
 
@@ -214,8 +214,8 @@ def main(argv=None):
     processes = training.start_processes(args.device)
     device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
     if args.batch % (processes.world * args.accumulate):
-        raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} processes "
-                              f"times --accumulate {args.accumulate}")
+        raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} "
+                              f"processes times --accumulate {args.accumulate}")
     out, last = Path(args.out), Path(args.out) / "last.pt"
     vae, _ = training.load_model(vaes.VAE, vaes.VAEConfig, args.vae, device)
     vae, vae_is = vae.to(memory_format=torch.channels_last), training.fingerprint(vae)
@@ -273,7 +273,8 @@ def main(argv=None):
         """Save, draw, and let the EMA speak on unseen heads."""
         statistics = {"mean": motions.mean, "std": motions.std}
         training.save(last, statistics | {
-            "preset": args.preset, "vae": vae_is, "config": asdict(config), "model": model.state_dict(),
+            "preset": args.preset, "vae": vae_is, "config": asdict(config),
+            "model": model.state_dict(),
             "ema": ema.weights, "step": step, "minutes": budget.spent(), "seed": args.seed,
             "optimisers": [o.state_dict() for o in optimisers]})
         training.ship(out / "motion.pt", {

@@ -129,8 +129,8 @@ def main(argv=None):
     processes = training.start_processes(args.device)
     device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
     if args.batch % (processes.world * args.accumulate):
-        raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} processes "
-                              f"times --accumulate {args.accumulate}")
+        raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} "
+                              f"processes times --accumulate {args.accumulate}")
     out, last = Path(args.out), Path(args.out) / "last.pt"
     config = models.PRESETS[args.preset]
 

@@ -292,9 +292,9 @@ def save(path, state):
 def ship(path, state, **told):
     """Save what others use, and beside it a JSON that says how it was made."""
     save(path, state)
-    told = {"command": " ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]])} | told
+    command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     with media.replacing(Path(path).with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n")
+        temporary.write_text(json.dumps({"command": command} | told, indent=1) + "\n")
 
 
 def fingerprint(model):

@@ -107,7 +107,7 @@ def test_training_sees_no_difference_between_clips_and_renderer(folder):
     for name, value in rendered.example(np.random.default_rng(0)).items():
         assert example[name].shape == value.shape and example[name].dtype == value.dtype
     paths = data.clip_paths(folder)
-    motion, wanted = data.clip_motion(0, paths), data.toy_motion(0, seconds=1.0, augment=False)
+    motion, wanted = data.clip_motion(0, paths, 64), data.toy_motion(0, seconds=1.0, augment=False)
     for name in wanted:
         assert motion[name].shape == wanted[name].shape
     assert np.corrcoef(motion["speech"].ravel(), wanted["speech"].ravel())[0, 1] > .9
@@ -134,3 +134,8 @@ def test_broken_data_sets_are_named(folder, tmp_path):
         data.read_clip(Path(tmp_path) / "none.mp4")
     with pytest.raises(media.UserError, match="64x64"):
         data.ClipFrames(folder, 128)
+    with pytest.raises(media.UserError, match="64x64"):
+        data.clip_motion(0, data.clip_paths(folder), 128)
+    with pytest.raises(media.UserError, match="other flags"):
+        data.main(["toy", "--clips", "2", "--seconds", "1", "--size", "64", "--seed", "5",
+                   "--out", str(folder)])

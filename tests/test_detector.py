@@ -59,14 +59,22 @@ def test_shapes_ranges_and_size():
     assert sum(p.numel() for p in model.parameters()) <= 2_000_000
 
 
+class OneCell(torch.nn.Module):
+    """A heat map that is hot in row 5, column 9 alone."""
+
+    def forward(self, x):
+        heat = torch.zeros(len(x), 70, 32, 32)
+        heat[:, :, 5, 9] = 200
+        return heat
+
+
 def test_soft_argmax_lies_where_the_heat_is():
     """All heat in one cell puts the point on that cell's centre, in pixels of the input."""
     model = Detector()
-    model.heat.weight.data.zero_()
-    model.heat.bias.data.zero_()
+    model.heat = OneCell()
     points = model(torch.zeros(1, 3, 128, 128))[0]
-    torch.testing.assert_close(points, torch.full((1, 70, 2), 63.5))
-    assert model.grid[0].tolist() == [1.5, 1.5] and model.grid[1].tolist() == [5.5, 1.5]
+    wanted = torch.tensor([4 * 9 + 1.5, 4 * 5 + 1.5]).expand(1, 70, 2)
+    torch.testing.assert_close(points, wanted)
 
 
 @pytest.mark.parametrize("box", [(30.0, 20.0, 64.0), (10.3, 5.7, 100.5), (-40.2, -13.0, 300.0)])
@@ -126,7 +134,7 @@ def test_find_in_crops_takes_both_kinds():
 
 
 def test_mediapipe_table():
-    """70 different indices of the refined mesh; jaw and mouth mirror about the middle."""
+    """70 different indices of the refined mesh, with the chin and the irises where they belong."""
     assert len(MEDIAPIPE_70) == len(set(MEDIAPIPE_70)) == 70
     assert min(MEDIAPIPE_70) >= 0 and max(MEDIAPIPE_70) < 478 and MEDIAPIPE_70[68:] == (468, 473)
     assert MEDIAPIPE_70[8] == 152                                    # the chin

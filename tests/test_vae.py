@@ -90,14 +90,32 @@ def test_latents_have_the_shapes_of_the_config():
 
 
 def test_appearance_and_motion_come_by_separate_doors():
-    """z^m ignores the portrait and z^a the landmark picture; the result depends on both (eq. 1, 2)."""
-    model = tiny()
+    """E_A sees the portrait alone, E_M the landmark picture alone, D both latents (eq. 1, 2)."""
+    model, seen = tiny(), {}
+    for name in ("appearance_encoder", "motion_encoder", "decoder"):
+        getattr(model, name).register_forward_pre_hook(
+            lambda module, given, name=name: seen.update({name: given}))
     x_a, x_m = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     x_a.requires_grad_(), x_m.requires_grad_()
-    assert torch.autograd.grad(model.encode_motion(x_m)[0].sum(), x_a, allow_unused=True)[0] is None
-    assert torch.autograd.grad(model.encode_appearance(x_a)[0].sum(), x_m, allow_unused=True)[0] is None
-    by_a, by_m = torch.autograd.grad(model(x_a, x_m)[0].abs().sum(), (x_a, x_m))
+    x_hat, _ = model(x_a, x_m)
+    assert seen["appearance_encoder"][0] is x_a and seen["motion_encoder"][0] is x_m
+    z_a, z_m = seen["decoder"]
+    assert torch.equal(z_a, model.encode_appearance(x_a)[0])
+    assert torch.equal(z_m, model.encode_motion(x_m)[0])
+    by_a, by_m = torch.autograd.grad(x_hat.abs().sum(), (x_a, x_m))
     assert by_a.abs().sum() > 0 and by_m.abs().sum() > 0
+
+
+def test_noise_moves_the_latents_that_are_decoded():
+    """With noise the decoder gets mean + noise e^(logvar/2), not the mean."""
+    model, seen = tiny(), []
+    model.decoder.register_forward_pre_hook(lambda module, given: seen.append(given))
+    x = torch.zeros(1, 3, 32, 32)
+    noise_a, noise_m = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 4, 4)
+    model(x, x, noise_a, noise_m)
+    for got, given, noise in zip(seen[0], (model.encode_appearance(x), model.encode_motion(x)),
+                                 (noise_a, noise_m)):
+        torch.testing.assert_close(got, given[0] + noise * (given[1] / 2).exp())
 
 
 def test_a_fresh_block_is_the_identity():
