@@ -39,7 +39,8 @@ def test_rows_are_round_25_times_seconds(samples):
 def test_silence_stays_recognisable():
     """Silence is -1 everywhere whatever surrounds it; a tone lights the band of its frequency."""
     t = np.arange(media.RATE) / media.RATE
-    wave = np.concatenate([np.zeros(media.RATE), .5 * np.sin(2 * np.pi * 1000 * t)]).astype(np.float32)
+    tone = .5 * np.sin(2 * np.pi * 1000 * t)
+    wave = np.concatenate([np.zeros(media.RATE), tone]).astype(np.float32)
     made = audio.log_mel(wave)
     torch.testing.assert_close(made[:20], torch.full((20, 320), -1.0))
     band = made[40].view(4, 80)[0].argmax()
