@@ -317,13 +317,9 @@ def _resampled(frames, stream, rate):
         end += frame.samples / frame.sample_rate
     if start is not None:
         pieces += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
-    return _without_padding(np.concatenate(pieces), stream, rate), start or 0.0
-
-
-def _without_padding(sound, stream, rate):
-    """Cut what a codec added to fill its last packet."""
-    length = round(float((stream.duration or 0) * stream.time_base) * rate)
-    return sound[:length] if 0 < len(sound) - length < 2048 / stream.rate * rate else sound
+    sound, length = np.concatenate(pieces), float((stream.duration or 0) * stream.time_base)
+    filled = 0 < len(sound) - length * rate < 2048 / stream.rate * rate      # up to a last packet
+    return sound[:round(length * rate)] if filled else sound, start or 0.0
 
 
 def _start_of_pictures(container, otherwise):
