@@ -115,7 +115,8 @@ class Detector(nn.Module):
 
 def load(path=SHIPPED, device="cpu"):
     """The detector of a checkpoint, ready to look."""
-    return training.load_model(Detector, DetectorConfig, path, device)[0]
+    model, _ = training.load_model(Detector, DetectorConfig, path, device)
+    return model.to(memory_format=torch.channels_last)
 
 
 # ---- looking -------------------------------------------------------------------------------------
@@ -150,7 +151,8 @@ def look(model, pictures):
     device = next(model.parameters()).device
     points, sure = [], []
     for part in np.array_split(pictures, max(1, -(-len(pictures) // 64))):
-        p, s = model(media.to_float(part).to(device))
+        x = media.to_float(part).to(device, memory_format=torch.channels_last)
+        p, s = model(x)
         points.append(p.float().cpu())
         sure.append(s.sigmoid().cpu())
     return torch.cat(points).numpy(), torch.cat(sure).numpy()

@@ -404,4 +404,4 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
 
 
 def _key(seed, window):
-    return int(np.random.SeedSequence((seed, window)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, window)).generate_state(1, np.uint64)[0]) >> 1

@@ -129,7 +129,7 @@ def encode(models, picture, points):
 def redraw(models, z_a, points):
     """D(z^a, E_M(x^m)) for given points. -> (n, 128, 128, 3) uint8."""
     shown = []
-    for part in np.array_split(points, max(1, len(points) // 8)):
+    for part in np.array_split(points, max(1, len(points) // 32)):
         x_m = media.to_float(np.stack([draw(p, SIZE) for p in part])).to(models.device)
         z_m = models.vae.encode_motion(x_m)[0]
         shown.append(media.to_uint8(models.vae.decode(z_a.expand(len(part), -1, -1, -1), z_m)))

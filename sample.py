@@ -30,7 +30,7 @@ import training
 import vae as vaes
 from landmarks import crop_box, draw, head_pose
 
-DECODE_AT_ONCE = 8              # frames; a bigger batch is no faster on a CPU and takes more memory
+DECODE_AT_ONCE = 32             # frames
 
 
 @dataclass
