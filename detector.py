@@ -274,7 +274,7 @@ def arguments(argv):
     p.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
     p.add_argument("--minutes", type=float, help="budget in minutes (default: 10)")
     p.add_argument("--seed", type=int, default=0, help="of weights, heads and draws")
-    p.add_argument("--identities", type=int, default=2000, help="rendered heads, six pictures each")
+    p.add_argument("--identities", type=int, default=1500, help="rendered heads, six pictures each")
     p.add_argument("--workers", type=int, default=None, help="rendering processes")
     p.add_argument("--batch", type=int, default=16, help="pictures a step")
     p.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate")
