@@ -165,6 +165,19 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_two_processes_take_the_step_of_one(tmp_path):
+    """Gradients meet: after one Adam step nearly every weight moved the way it does on one process."""
+    flags = ["train_diffusion.py", "--vae", SHIPPED / "vae.pt", "--clips", "2", "--batch", "4", "--steps",
+             "1", "--warmup", "1", "--optimiser", "adam", "--workers", "0", "--device", "cpu", "--out"]
+    command(*flags, tmp_path / "one")
+    command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags,
+            tmp_path / "two")
+    one, two = (training.load(tmp_path / k / "last.pt")["model"] for k in ("one", "two"))
+    moved = ("out.weight", "pose_predictor.convolutions.2.weight")   # others have no gradient yet
+    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in moved])
+    assert (apart < 5e-4).float().mean() > .95              # a step is 1e-3; opposite ones differ by 2e-3
+
+
 def test_two_processes_train_together(tmp_path):
     """Under torchrun (gloo) two processes take the same steps, through both players of the VAE."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
