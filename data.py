@@ -36,6 +36,9 @@ def batch(dataset, seed, step, batch_size, rank=0, world=1):
 
 # ---- frames, for the VAE and the detector --------------------------------------------------------
 
+SAME = .15                      # share of the VAE's examples that redraw the portrait itself
+
+
 class Frames:
     """Pairs of frames of one identity: for each, pictures (F, H, W, 3) uint8, points (F, 70, 2)."""
 
@@ -46,21 +49,35 @@ class Frames:
         """Gain what the pool must hold before this step; clips at rest are all there."""
 
     def example(self, rng):
-        """Frames i != j of a clip (sec. 4.2): reference, target, x_m (3, H, W), points (70, 2)."""
+        """Frames i, j of a clip (sec. 4.2): reference, target, x_m (3, H, W), points (70, 2).
+
+        In a few examples i = j: z^a learns to hold what D cannot yet move.
+        """
         who = rng.integers(len(self.pictures))
         i, j = rng.choice(len(self.pictures[who]), 2, replace=False)
+        if rng.random() < SAME:
+            i = j
         points = self.landmarks[who][j]
         x_m = draw(points, self.pictures[who].shape[-2])
         return {"reference": media.to_float(self.pictures[who][i]),
                 "target": media.to_float(self.pictures[who][j]),
                 "x_m": media.to_float(x_m), "landmarks": torch.from_numpy(points)}
 
+    def one(self):
+        """The first identity alone."""
+        self.grow(0)
+        self.close()
+        return Frames(self.pictures[:1], self.landmarks[:1])
+
     def close(self):
         """End the processes that render, if any."""
 
 
 class ToyFrames(Frames):
-    """Rendered identities in `frames` unrelated poses each, made while training goes on."""
+    """Rendered identities in `frames` poses each, made while training goes on.
+
+    Every other head keeps its poses as close as in a clip, the rest turn as far as heads do.
+    """
 
     def __init__(self, seed=0, identities=4000, frames=8, size=128, workers=None, per_step=.8):
         if seed < 0 or identities < 1 or frames < 2:
@@ -80,7 +97,7 @@ class ToyFrames(Frames):
 
 
 def _portraits(k, seed, frames, size):
-    return toy.make_portraits(training_seed(seed, k), frames, size)
+    return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 2 == 1)
 
 
 class ClipFrames(Frames):

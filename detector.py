@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+import curves
 import media
 import toy
 import training
@@ -313,10 +314,9 @@ def main(argv=None):
     seeds = [toy.training_seed(args.seed, k) for k in range(args.identities)]
     pool = toy.in_parallel(pool_item, seeds, args.workers, "heads")
     unseen, truth = held_out_frames()
-    ahead = training.Ahead(lambda at: make_batch(pool, args.seed, at, args.batch), step,
-                           device)
+    batches = training.ahead(lambda at: make_batch(pool, args.seed, at, args.batch), step, device)
     budget = training.Budget(args.steps, args.minutes, spent)
-    log = training.Log(out / "log.csv", COLUMNS, step)
+    log = curves.Log(out / "log.csv", COLUMNS, step)
     shadow = Detector().to(device, memory_format=torch.channels_last).eval()
 
     def report():
@@ -331,18 +331,18 @@ def main(argv=None):
         found, sure = look(shadow, unseen)
         media.write_image(out / "grid.png", drawn_points(unseen[::16], found[::16]))
         log.flush()
-        training.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:-1])
+        curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:-1])
         return float(point_error(found, truth).mean()), float((sure > SURE).mean())
 
     # ---- the loop ----
     bar = tqdm(total=100, desc="detector", bar_format="{desc} {n:.1f}% |{bar}| {elapsed} {postfix}")
-    with training.Stop() as stop, contextlib.closing(log), contextlib.closing(ahead):
+    with training.stop_on_signals() as stop, contextlib.closing(log), contextlib.closing(batches):
         while (share := budget.share(step)) < 1 and not stop:
             terms = {}
             if step and step % args.every == 0:
                 terms["unseen"] = report()[0]
                 tqdm.write(f"step {step}: {terms['unseen']:.2f} px on held-out heads")
-            drawn = [x.to(device) for x in ahead(step)]
+            drawn = [x.to(device) for x in next(batches)]
             drawn[0] = drawn[0].contiguous(memory_format=torch.channels_last)
             terms["lr"] = training.rate_factor("trapezoid", step, share, 50)
             training.set_rate(optimisers, terms["lr"])
@@ -359,7 +359,7 @@ def main(argv=None):
             for optimiser in optimisers:
                 optimiser.step()
             ema.update(model, step)
-            log.write(step=step, minutes=budget.spent(), loss=loss.item(), px=px.item(),
+            log.write(args.batch, step=step, minutes=budget.spent(), loss=loss.item(), px=px.item(),
                       heat=heat.item(), sure=sure.item(), **terms)
             step += 1
             bar.n = round(100 * budget.share(step), 1)

@@ -222,7 +222,8 @@ class PosePredictor(nn.Module):
         for convolution in self.convolutions:
             x = x if mask is None else x * mask[..., None]
             x = x + convolution(F.silu(x).mT).mT
-        return portrait_pose[:, None] + POSE_UNIT * self.out(F.silu(x)).float()
+        turned = self.out(F.silu(x)).to(portrait_pose.dtype)                  # from bf16, maybe
+        return portrait_pose[:, None] + POSE_UNIT * turned
 
 
 class MotionModel(nn.Module):
@@ -281,7 +282,7 @@ class MotionModel(nn.Module):
         """S of eq. 8: ẑ_0 (B, N, 3, h, w) from z_t, t (B,), `condition` and `tokens`."""
         x, time = self.enter(z_t, t, prefix)
         x = self.conformer(x, time, condition, tokens, mask)                  # (B, N, D)
-        return self.out(x).float().view(z_t.shape)
+        return self.out(x).to(z_t.dtype).view(z_t.shape)
 
     def forward(self, z_t, t, speech, reference, pose=None, prefix=None, mask=None):
         """ẑ_0 in one call, every condition given anew."""
@@ -292,7 +293,7 @@ class MotionModel(nn.Module):
 def embed_time(t, width):
     """Sinusoids of 1000 t, so that t in [0, 1] turns them as whole steps would. (B,) -> (B, D)."""
     f = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(10_000) / (width // 2)))
-    angle = 1000 * t[:, None].float() * f                                     # (B, D/2)
+    angle = 1000 * t[:, None] * f                                             # (B, D/2)
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
@@ -329,7 +330,8 @@ class Objective(nn.Module):
 
     def forward(self, batch):
         """batch: motion (B, N, 3, h, w), reference (B, 3, h, w), pose (B, N, 3), reference_pose
-        (B, 3), speech (B, N, d_s), mask (B, N), and what `draw_batch` gives -> dict of losses."""
+        (B, 3), speech (B, N, d_s), mask (B, N), and what `draw_batch` gives -> {"motion", "pose"},
+        each a sum over the frames that `counted` counts: a batch may be cut anywhere."""
         b, model = batch, self.model
         z_t = self.sde.perturb(b["motion"], b["t"], b["noise"])               # eq. 5
         encoded, condition = model.condition(b["speech"], b["pose"], b["mask"], b["keep_speech"],
@@ -337,15 +339,15 @@ class Objective(nn.Module):
         z_hat_0 = model.denoise(z_t, b["t"], condition, model.tokens(b["reference"]),
                                 (b["motion"], b["given"]), b["mask"])
         pose = model.pose_predictor(encoded, b["reference_pose"], b["mask"])
-        counted = b["mask"] & ~b["given"]
         error = (z_hat_0 - b["motion"]).square().mean((2, 3, 4))              # (B, N)
         turned = ((pose - b["pose"]) / POSE_UNIT).square().mean(2)            # (B, N)
-        return {"motion": masked_mean(error, counted), "pose": masked_mean(turned, b["mask"])}
+        return {name: (values * counts).sum() for name, values, counts
+                in zip(("motion", "pose"), (error, turned), self.counted(b))}
 
-
-def masked_mean(values, mask):
-    """Mean of the values that count. (B, N), (B, N) bool -> scalar."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    @staticmethod
+    def counted(batch):
+        """The frames that each loss counts, two (B, N) bool: given ones are not predicted."""
+        return batch["mask"] & ~batch["given"], batch["mask"]
 
 
 # ---- sampling ------------------------------------------------------------------------------------

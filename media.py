@@ -87,48 +87,6 @@ def grid(pictures, columns):
     return sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
 
 
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#66a182", "#8d5a97", "#444444")
-
-
-def charts(series, smooth=.02):
-    """One small chart a name, two in a row. series {name: (steps, values)} -> (H, W, 3) uint8.
-
-    Values are smoothed over a share of the run; the axis is logarithmic where they span much.
-    """
-    width, height = 420, 220
-    rows = -(-len(series) // 2)
-    sheet = Image.new("RGB", (width * min(2, len(series)), height * rows), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (name, (steps, values)) in enumerate(series.items()):
-        corner = (k % 2 * width, k // 2 * height)
-        _chart(pen, corner, (width, height), name, steps, _smoothed(values, smooth),
-               COLOURS[k % len(COLOURS)])
-    return np.asarray(sheet)
-
-
-def _smoothed(values, share):
-    n = max(1, int(len(values) * share))
-    total = np.cumsum(np.concatenate([[0.0], values]))
-    first = np.maximum(np.arange(1, len(values) + 1) - n, 0)
-    return (total[1:] - total[first]) / (np.arange(1, len(values) + 1) - first)
-
-
-def _chart(pen, corner, size, name, steps, values, colour):
-    x0, y0, w, h = corner[0] + 46, corner[1] + 22, size[0] - 62, size[1] - 46
-    is_log = values.min() > 0 and values.max() / values.min() > 8
-    shown = np.log10(values) if is_log else values
-    low, high = shown.min(), max(shown.max(), shown.min() + 1e-9)
-    for share in (0, .5, 1):
-        y, at = y0 + h * (1 - share), low + share * (high - low)
-        pen.line([x0, y, x0 + w, y], "#dddddd")
-        pen.text((corner[0] + 2, y - 6), f"{10 ** at if is_log else at:.3g}", "#555555")
-    x = x0 + w * (steps - steps[0]) / max(steps[-1] - steps[0], 1)
-    y = y0 + h * (1 - (shown - low) / (high - low))
-    pen.line(np.stack([x, y], 1).ravel().tolist(), colour, 2)
-    pen.text((x0, corner[1] + 4), name + (" (log)" if is_log else ""), "black")
-    pen.text((x0, y0 + h + 6), f"step {int(steps[0])} .. {int(steps[-1])}", "#555555")
-
-
 # ---- writing safely ------------------------------------------------------------------------------
 
 def _beside(path):

@@ -163,8 +163,11 @@ def make_motion(rng, n, speech=None):
     return Motion(pose, e.astype(np.float32), .02 * wander(rng, n, .8, 2))
 
 
-def random_poses(rng, n):
-    """Unrelated poses and expressions, wider than speech alone shows: what the VAE learns from."""
+def random_poses(rng, n, close=False):
+    """Unrelated poses and expressions, wider than speech alone shows: what the VAE learns from.
+
+    `close` keeps the poses as near to one another as a clip does.
+    """
     e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
     e[:, 0] = rng.beta(.7, 1.3, n) * (rng.random(n) < .8)
     e[:, 1:4] = np.stack([rng.uniform(.1, .9, n), rng.beta(.6, 1.6, n), rng.beta(.7, 1.3, n)], 1)
@@ -174,7 +177,9 @@ def random_poses(rng, n):
     lids[rng.random(n) < .07] = 0
     e[:, 7:9] = lids[:, None]
     e[:, 9:11] = np.clip(rng.normal(0, .5, (n, 2)), -1, 1)
-    pose = 32 * np.tanh(rng.normal(0, (8, 12, 6), (n, 3)) / 32)
+    pose = rng.normal(0, (4, 6, 3), 3) + rng.normal(0, (2.8, 5, 2.8), (n, 3)) if close else \
+        rng.normal(0, (8, 12, 6), (n, 3))
+    pose = 32 * np.tanh(pose / 32)
     return Motion(pose, e.astype(np.float32), rng.normal(0, .02, (n, 2)))
 
 
@@ -199,10 +204,10 @@ def make_clip(seed, seconds, size=128, held_out=False, defect=None):
     return _spoil(clip, moves) if defect else clip
 
 
-def make_portraits(seed, count, size=128):
+def make_portraits(seed, count, size=128, close=False):
     """Unrelated poses of one identity, for the VAE: (count, H, W, 3) uint8, (count, 70, 2)."""
     who, moves = (np.random.default_rng((seed, k)) for k in (0, 3))
-    clip = ToyClip(random_identity(who), random_poses(moves, count), size=size,
+    clip = ToyClip(random_identity(who), random_poses(moves, count, close), size=size,
                    jitter=(*moves.uniform(-.03, .03, 2), moves.uniform(.92, 1.08)))
     return clip.frames(), clip.landmarks
 

@@ -13,6 +13,7 @@ Departures from the paper: sub-sequences of the `toy` preset are shorter than it
 """
 from __future__ import annotations
 
+import collections
 import functools
 import time
 from dataclasses import asdict
@@ -23,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import audio
+import curves
 import data
 import diffusion
 import media
@@ -37,7 +39,7 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
                    "batch": 16, "frames": (64, 96), "warmup": 200},
            "small": PAPER, "base": PAPER, "large": PAPER}
 FIRST_CLIPS, CLIP_SECONDS = 48, 4.8
-COLUMNS = ["loss", "motion", "pose", "norm", "lr", "wait"]
+COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
 def arguments(argv):
@@ -48,6 +50,8 @@ def arguments(argv):
     what.add_argument("--out", default="runs/diffusion", help="folder of the run; again: go on")
     what.add_argument("--fresh", action="store_true", help="start over in OUT")
     what.add_argument("--init", metavar="FILE", help="start from these weights (a motion.pt)")
+    what.add_argument("--compare", metavar="FILE", help="draw curve.png over these curves, such as "
+                      "results/toy_curves.csv")
     pool = p.add_argument_group("data")
     pool.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
     pool.add_argument("--clips", type=int, default=1600, help="rendered clips, made along the way")
@@ -65,7 +69,7 @@ def arguments(argv):
     run.add_argument("--optimiser", choices=("muon", "adam"), help="default: the preset's")
     run.add_argument("--warmup", type=int, help="steps of rising learning rate")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    run.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp64"), default="auto")
     run.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
     args = p.parse_args(argv)
     recipe = RECIPES[args.preset]
@@ -78,6 +82,7 @@ def arguments(argv):
         raise media.UserError("--batch, --accumulate, --every, --clips and --lr must be above "
                               "zero, --seed not negative")
     training.Budget(args.steps, args.minutes)
+    curves.check_compare(args.compare, "diffusion")
     return args, recipe
 
 
@@ -144,9 +149,10 @@ def collate(examples):
 class Unseen:
     """Eight clips that training never meets, spoken by the model as it learns."""
 
-    def __init__(self, vae, motions, kind, wav2vec2, device):
+    def __init__(self, vae, motions, kind, wav2vec2, device, count=8):
         self.vae, self.motions, self.device = vae, motions, device
-        clips = [toy.make_clip(toy.HELD_OUT + 500_000 + k, 4.0, vae.config.size) for k in range(8)]
+        clips = [toy.make_clip(toy.HELD_OUT + 500_000 + k, 4.0, vae.config.size)
+                 for k in range(count)]
         latents = [encode_motion(vae, c.landmarks, device) for c in clips]
         self.motion = torch.stack([motions.normalise(z) for z in latents])       # (8, N, 3, h, w)
         self.speech = torch.stack([audio.speech_features(c.sound, kind, wav2vec2) for c in clips])
@@ -159,11 +165,11 @@ class Unseen:
 
     @torch.no_grad()
     def speak(self, model):
-        """Motion of all eight from their sound, (8, N, 3, h, w), and the mean lip correlation."""
+        """Motion of all from their sound, (8, N, 3, h, w), the mean lip correlation, the gain."""
         speech, pose = self.speech.to(self.device), self.pose.to(self.device)
         windows = diffusion.sample_motion(
             model, speech, self.motion[:, 0].to(self.device),
-            diffusion.predict_pose(model, speech, pose), list(range(8)))
+            diffusion.predict_pose(model, speech, pose), list(range(len(speech))))
         made = torch.cat(list(windows), 1).cpu()
         opening = (made.flatten(2) @ self.reader[:-1] + self.reader[-1]).numpy()
         r = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(opening, self.opening)])
@@ -174,7 +180,7 @@ class Unseen:
         """Truth through the VAE above the model's frames, three heads over four seconds."""
         at = torch.linspace(0, made.shape[1] - 1, frames).long()
         rows = []
-        for k in range(heads):
+        for k in range(min(heads, len(made))):
             for motion in (self.motion[k, at], made[k, at]):
                 scale, shift = (v.view(-1, 1, 1) for v in (self.motions.std, self.motions.mean))
                 z_m = (motion * scale + shift).to(self.device)           # on the CPU until here
@@ -213,6 +219,7 @@ def main(argv=None):
     args, recipe = arguments(argv)
     processes = training.start_processes(args.device)
     device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
+    precision = torch.promote_types(dtype, torch.float32)                 # of weights and data
     if args.batch % (processes.world * args.accumulate):
         raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} "
                               f"processes times --accumulate {args.accumulate}")
@@ -225,7 +232,7 @@ def main(argv=None):
 
     # ---- model, EMA, optimisers ----
     torch.manual_seed(args.seed)
-    model = diffusion.MotionModel(config).to(device)
+    model = diffusion.MotionModel(config).to(device, precision)
     optimisers = training.make_optimisers(model, args.optimiser, args.lr, recipe["betas"])
     step, spent, held = 0, 0.0, {}
 
@@ -246,7 +253,8 @@ def main(argv=None):
         training.load_optimisers(optimisers, held["optimisers"], last)
         ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
     budget = training.Budget(args.steps, args.minutes, spent)
-    net = training.distribute(diffusion.Objective(model), processes)
+    objective = diffusion.Objective(model)
+    net = training.distribute(objective, processes)
 
     # ---- data ----
     make = functools.partial(data.toy_motion, seed=args.seed, seconds=CLIP_SECONDS,
@@ -263,10 +271,10 @@ def main(argv=None):
         drawn = collate([motions.example(key, recipe["frames"]) for key in keys])
         lengths = drawn["mask"].sum(1).tolist()
         return drawn | diffusion.draw_batch(args.seed, at, share, lengths, config)
-    ahead = training.Ahead(prepare, step, device)
-    first = ahead(step)                                     # the pool is there: measure its latents
+    batches = training.ahead(prepare, step, device)
+    first = next(batches)                                   # the pool is there: measure its latents
     unseen = Unseen(vae, motions, args.speech, args.wav2vec2, device) if processes.leads else None
-    log = training.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
+    log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
     shadow = diffusion.MotionModel(config).to(device).eval()
 
     def report():
@@ -284,15 +292,18 @@ def main(argv=None):
         shadow.load_state_dict(ema.weights)
         made, r, gain = unseen.speak(shadow)
         media.write_image(out / "grid.png", unseen.grid(made))
+        log.write(0, step=step, minutes=budget.spent(), lip_r=float(r), lip_gain=float(gain))
         log.flush()
-        training.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:4])
+        curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6], args.compare,
+                           "diffusion")
         tqdm.write(f"step {step}: {budget.spent():.1f} min, {len(motions.items)} clips, lips of "
-                   f"unseen heads r {r:.3f}, gain {gain:.2f} (read off the latents)")
+                   f"unseen heads r {r:.3f}, gain {gain:.2f} (read off the latents); "
+                   f"{log.pace('frames')}")
 
     # ---- the loop ----
     bar = tqdm(total=100, desc="motion", disable=not processes.leads, miniters=1,
                bar_format="{desc} {n:.1f}% |{bar}| {elapsed}<{remaining} {postfix}")
-    with training.Stop() as stop:
+    with training.stop_on_signals() as stop, training.together(processes, last):
         while True:
             used, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
             done = used >= 1 or stopping
@@ -301,21 +312,28 @@ def main(argv=None):
             if done:
                 break
             waited = time.monotonic()
-            drawn, first = first or ahead(step), None
-            drawn = {k: v.to(device) for k, v in drawn.items()}
+            drawn, first = first or next(batches), None
+            drawn = {k: v.to(device, precision if v.is_floating_point() else None)
+                     for k, v in drawn.items()}
             waited = time.monotonic() - waited
             factor = training.rate_factor(recipe["schedule"], step, used, args.warmup)
             training.set_rate(optimisers, factor)
             torch.manual_seed(training.generator(args.seed, step, processes.rank).initial_seed())
+            frames = torch.stack([mask.sum() for mask in objective.counted(drawn)])
+            frames = training.total(frames, processes).clamp(min=1)       # of the whole batch
+            terms = collections.defaultdict(float)
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=True)
             for k in range(args.accumulate):
                 net.require_backward_grad_sync = k == args.accumulate - 1    # DDP: once a step
                 part = {n: v.chunk(args.accumulate)[k] for n, v in drawn.items()}
                 with training.autocast(device, dtype):
-                    terms = net(part)
-                loss = terms["motion"] + terms["pose"]                    # eq. 8
-                (loss / args.accumulate).backward()
+                    sums = net(part)
+                # eq. 8; times the number of processes, because DDP takes the mean over them
+                motion, pose = (s * processes.world / n for s, n in zip(sums.values(), frames))
+                (motion + pose).backward()
+                for name, value in (("loss", motion + pose), ("motion", motion), ("pose", pose)):
+                    terms[name] += value.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not torch.isfinite(norm):
                 raise media.UserError(f"step {step}: the loss is not a number any more; {last} "
@@ -326,16 +344,15 @@ def main(argv=None):
 
             # once a step: log
             step += 1
+            terms = training.averaged(terms, processes)
             if processes.leads:
-                log.write(step=step - 1, minutes=budget.spent(), loss=loss.item(),
-                          motion=terms["motion"].item(), pose=terms["pose"].item(),
-                          norm=norm.item(), lr=args.lr * factor, wait=waited)
-                bar.set_postfix(step=step, loss=f"{loss.item():.3f}", refresh=False)
+                log.write(int(frames[1]), step=step - 1, minutes=budget.spent(), norm=norm.item(),
+                          lr=args.lr * factor, wait=waited, **terms)
+                bar.set_postfix(step=step, loss=f"{terms['loss']:.3f}", refresh=False)
                 bar.update(100 * budget.share(step) - bar.n)
     bar.close()
-    ahead.close()
+    batches.close()
     source.close()
-    training.end_processes()
     if processes.leads:
         log.close()
         print(out / "motion.pt")

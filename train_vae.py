@@ -7,11 +7,13 @@
 The same command again goes on where it stopped. OUT gets last.pt (everything), vae.pt (the EMA in
 fp16), log.csv, curve.png and grid.png (portrait, landmark picture, result, truth of unseen heads).
 
-Departures from the paper: the `toy` preset has a recipe of its own (Muon, weighted regions);
+Departures from the paper: the `toy` preset has a recipe of its own (Muon, small batches); regions
+of the face are weighted; beside L1 stands a square;
 the adversary starts in the last quarter, its discriminator a little earlier.
 """
 from __future__ import annotations
 
+import collections
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import curves
 import data
 import media
 import toy
@@ -29,23 +32,27 @@ from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, draw, region_box
 
 PAPER = {"optimiser": "adam", "lr": 4.5e-6, "betas": (.5, .9), "schedule": "constant", "batch": 8}
 RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
-                   "batch": 16}, "small": PAPER, "base": PAPER, "large": PAPER}
+                   "batch": 8}, "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole picture's 1
 REGIONS = {"eye_left": (EYE_LEFT, .18), "eye_right": (EYE_RIGHT, .18), "mouth": (MOUTH, .2),
            "brow_left": (slice(17, 22), .05), "brow_right": (slice(22, 27), .05)}
 ADVERSARY_AT, DISCRIMINATOR_AT = .75, .70       # shares of the budget
-ADVERSARY_WEIGHT = .3
+ADVERSARY_WEIGHT, SQUARE_WEIGHT = .1, 10.0
 COLUMNS = ["loss", "l1", "perceptual", "kl", "adversary", "discriminator", "real", "fake",
-           "psnr", "lr", "wait"]
+           "psnr", "unseen", "lr", "wait"]
 
 
 def arguments(argv):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
     what = p.add_argument_group("what to train, and where")
     what.add_argument("--preset", choices=models.PRESETS, default="toy", help="size of the model")
-    what.add_argument("--out", default="runs/vae", help="folder of the run; again: go on")
+    what.add_argument("--out", help="folder of the run (default: runs/vae); again: go on")
     what.add_argument("--fresh", action="store_true", help="start over in OUT")
     what.add_argument("--init", metavar="FILE", help="start from these weights (a vae.pt)")
+    what.add_argument("--overfit", action="store_true", help="learn one clip by heart, 300 steps: "
+                      "what cannot do that cannot learn")
+    what.add_argument("--compare", metavar="FILE", help="draw curve.png over these curves, such as "
+                      "results/toy_curves.csv")
     pool = p.add_argument_group("data")
     pool.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
     pool.add_argument("--identities", type=int, default=4000, help="rendered heads")
@@ -66,19 +73,23 @@ def arguments(argv):
     run.add_argument("--lpips", metavar="FOLDER", help="where VGG16's and LPIPS's weights are")
     run.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    run.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    run.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
+    run.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp64"), default="auto")
+    run.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
     args = p.parse_args(argv)
     recipe = RECIPES[args.preset]
     for name in ("batch", "lr", "optimiser"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
+    args.out = args.out or ("runs/overfit" if args.overfit else "runs/vae")
+    if args.overfit:
+        args.adversary = "none"
     if args.steps is None and args.minutes is None:
-        args.minutes = 80.0
+        args.steps, args.minutes = (300, None) if args.overfit else (None, 80.0)
     if min(args.batch, args.accumulate, args.every, args.lr) <= 0 or args.seed < 0:
         raise media.UserError("--batch, --accumulate, --every and --lr must be above zero, --seed "
                               "not negative")
     training.Budget(args.steps, args.minutes)
+    curves.check_compare(args.compare, "vae")
     return args, recipe
 
 
@@ -100,14 +111,26 @@ def latent_noise(config, seed, step, first, count):
             for f in (config.appearance_factor, config.motion_factor)]
 
 
-class Unseen:
-    """32 heads that training never meets: PSNR, and the picture that shows what it means."""
+class Judged:
+    """Pairs of frames: PSNR of the second from the first, and the picture that shows what it means.
 
-    def __init__(self, size, count=32):
-        made = [toy.make_portraits(toy.HELD_OUT + 500_000 + k, 2, size) for k in range(count)]
-        pictures, points = np.stack([m[0] for m in made]), [m[1][1] for m in made]
+    pictures (n, 2, H, W, 3) uint8, points of the second (n, 70, 2).
+    """
+
+    def __init__(self, pictures, points):
         self.reference, self.target = (media.to_float(pictures[:, k]) for k in (0, 1))
-        self.x_m = media.to_float(np.stack([draw(p, size) for p in points]))
+        self.x_m = media.to_float(np.stack([draw(p, pictures.shape[-2]) for p in points]))
+
+    @classmethod
+    def unseen(cls, size, count=32):
+        """Heads that training never meets."""
+        made = [toy.make_portraits(toy.HELD_OUT + 500_000 + k, 2, size) for k in range(count)]
+        return cls(np.stack([m[0] for m in made]), [m[1][1] for m in made])
+
+    @classmethod
+    def seen(cls, pictures, points):
+        """The frames of one clip, each from the one before: (F, H, W, 3), (F, 70, 2)."""
+        return cls(np.stack([np.roll(pictures, 1, 0), pictures], 1), points)
 
     @torch.no_grad()
     def reconstruct(self, model, device):
@@ -128,6 +151,7 @@ def main(argv=None):
     args, recipe = arguments(argv)
     processes = training.start_processes(args.device)
     device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
+    precision = torch.promote_types(dtype, torch.float32)                 # of weights and data
     if args.batch % (processes.world * args.accumulate):
         raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} "
                               f"processes times --accumulate {args.accumulate}")
@@ -136,12 +160,13 @@ def main(argv=None):
 
     # ---- model, EMA, optimisers ----
     torch.manual_seed(args.seed)
-    model = models.VAE(config).to(device, memory_format=torch.channels_last)
-    judge = models.Discriminator(config.width // 2).to(device, memory_format=torch.channels_last)
+    kind = {"dtype": precision, "memory_format": torch.channels_last}
+    model = models.VAE(config).to(device, **kind)
+    judge = models.Discriminator(config.width // 2).to(device, **kind)
     lpips = models.find_lpips(args.lpips)
     if args.lpips and lpips is None:
         raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(models.LPIPS.FILES)}")
-    perceptual = lpips and lpips.to(device)
+    perceptual = lpips and lpips.to(device, precision)
     if processes.leads:
         print("perceptual term: " + ("LPIPS" if lpips else "differences of neighbouring pixels (no "
               f"{' and '.join(models.LPIPS.FILES)} in torch hub's cache)"))
@@ -170,6 +195,8 @@ def main(argv=None):
     # ---- data ----
     dataset = data.ClipFrames(args.data, config.size) if args.data else \
         data.ToyFrames(args.seed, args.identities, args.frames, config.size, args.workers)
+    if args.overfit:
+        dataset = dataset.one()
     share_of = (processes.rank, processes.world)
     first_sample = args.batch * processes.rank // processes.world
 
@@ -179,13 +206,14 @@ def main(argv=None):
         drawn["noise_a"], drawn["noise_m"] = latent_noise(config, args.seed, at, first_sample,
                                                           len(drawn["target"]))
         return drawn
-    ahead = training.Ahead(prepare, step, device)
-    unseen = Unseen(config.size) if processes.leads else None
-    log = training.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
+    batches = training.ahead(prepare, step, device)
+    judged = Judged.seen(dataset.pictures[0], dataset.landmarks[0]) if args.overfit else \
+        Judged.unseen(config.size)
+    log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
     shadow = models.VAE(config).to(device, memory_format=torch.channels_last).eval()
 
     def report():
-        """Save, draw, and measure the EMA on unseen heads."""
+        """Save, draw, and measure the EMA."""
         state = {"preset": args.preset, "config": asdict(config), "model": model.state_dict(),
                  "judge": judge.state_dict(), "ema": ema.weights, "step": step,
                  "minutes": budget.spent(), "seed": args.seed,
@@ -194,17 +222,20 @@ def main(argv=None):
         training.ship(out / "vae.pt", {"config": asdict(config), "weights": ema.half()},
                       seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
         shadow.load_state_dict(ema.weights)
-        x_hat = unseen.reconstruct(shadow, device)
-        media.write_image(out / "grid.png", unseen.grid(x_hat))
+        x_hat = judged.reconstruct(shadow, device)
+        media.write_image(out / "grid.png", judged.grid(x_hat))
+        log.write(0, step=step, minutes=budget.spent(), unseen=judged.psnr(x_hat))
         log.flush()
-        training.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6] + ["psnr"])
-        tqdm.write(f"step {step}: {budget.spent():.1f} min, PSNR on unseen heads "
-                   f"{unseen.psnr(x_hat):.2f} dB")
+        curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6] + ["psnr", "unseen"],
+                           args.compare, "vae")
+        tqdm.write(f"step {step}: {budget.spent():.1f} min, PSNR on "
+                   f"{'its own clip' if args.overfit else 'unseen heads'} "
+                   f"{judged.psnr(x_hat):.2f} dB; {log.pace('pictures')}")
 
     # ---- the loop ----
     bar = tqdm(total=100, desc="VAE", disable=not processes.leads, miniters=1,
                bar_format="{desc} {n:.1f}% |{bar}| {elapsed}<{remaining} {postfix}")
-    with training.Stop() as stop:
+    with training.stop_on_signals() as stop, training.together(processes, last):
         while True:
             share, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
             done = share >= 1 or stopping
@@ -215,17 +246,16 @@ def main(argv=None):
             if done:
                 break
             waited = time.monotonic()
-            drawn = {k: v.to(device) for k, v in ahead(step).items()}
+            drawn = {k: v.to(device, precision) for k, v in next(batches).items()}
             waited = time.monotonic() - waited
             factor = training.rate_factor(recipe["schedule"], step, share, args.warmup)
             training.set_rate(optimisers + judge_optimisers, factor)
             has_judge = args.adversary != "none" and share >= DISCRIMINATOR_AT
-            terms = {"lr": args.lr * factor, "wait": waited}
+            terms, fakes = collections.defaultdict(float), []            # what the log gets
 
             # 1) generator: E_A, E_M, D
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=True)
-            fakes = []
             judge.requires_grad_(False)
             for k in range(args.accumulate):
                 net.require_backward_grad_sync = k == args.accumulate - 1    # DDP: once a step
@@ -238,16 +268,23 @@ def main(argv=None):
                 pixel = models.l1(x_hat, target, weight)
                 felt = perceptual(x_hat, target).mean() if perceptual else \
                     models.gradient_l1(x_hat, target, weight)
-                reconstruction = pixel + felt
+                square = models.l2(x_hat, target, weight)
+                reconstruction = pixel + SQUARE_WEIGHT * square + felt
                 loss = reconstruction + args.kl * divergence              # eq. 4
+                parts = {"l1": pixel, "perceptual": felt, "kl": divergence}
                 if has_judge and adversary_on:
                     with training.autocast(device, dtype):
                         fooled = models.generator_loss(judge(x_hat), args.adversary)
-                    balance = models.adaptive_weight(reconstruction, fooled, model.last_layer)
+                    if k == 0:                                            # the first part speaks
+                        balance = models.adaptive_weight(                 # for the whole batch
+                            reconstruction, fooled, model.last_layer,
+                            lambda g: training.total(g, processes) / processes.world)
                     loss = loss + ADVERSARY_WEIGHT * balance * fooled     # eq. 3 and 4
-                    terms["adversary"] = fooled.item()
+                    parts["adversary"] = fooled
                 (loss / args.accumulate).backward()
                 fakes.append(x_hat.detach())
+                for name, value in (parts | {"loss": loss}).items():
+                    terms[name] += value.detach() / args.accumulate
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not torch.isfinite(norm):
                 raise media.UserError(f"step {step}: the loss is not a number any more; {last} "
@@ -266,21 +303,21 @@ def main(argv=None):
                 verdict = models.discriminator_loss(real, fake, args.adversary)
                 verdict.backward()
                 judge_optimisers[0].step()
-                terms |= {"discriminator": verdict.item(), "real": real.mean().item(),
-                          "fake": fake.mean().item()}
+                terms |= {"discriminator": verdict.detach(), "real": real.detach().mean(),
+                          "fake": fake.detach().mean()}
 
             # once a step: log
+            terms["psnr"] = models.psnr(torch.cat(fakes), drawn["target"])
+            terms = training.averaged(terms, processes)
             step += 1
             if processes.leads:
-                log.write(step=step - 1, minutes=budget.spent(), loss=loss.item(), l1=pixel.item(),
-                          perceptual=felt.item(), kl=divergence.item(),
-                          psnr=models.psnr(x_hat.detach(), target), **terms)
-                bar.set_postfix(step=step, loss=f"{loss.item():.3f}", refresh=False)
+                log.write(args.batch, step=step - 1, minutes=budget.spent(), lr=args.lr * factor,
+                          wait=waited, **terms)
+                bar.set_postfix(step=step, loss=f"{terms['loss']:.3f}", refresh=False)
                 bar.update(100 * budget.share(step) - bar.n)
     bar.close()
-    ahead.close()
+    batches.close()
     dataset.close()
-    training.end_processes()
     if processes.leads:
         log.close()
         print(out / "vae.pt")

@@ -1,4 +1,4 @@
-"""What the training loops share: processes, optimisers, EMA, budget, checkpoints, logs and curves.
+"""What the training loops share: processes, optimisers, EMA, budget and checkpoints.
 
 No Trainer: each loop stays readable from top to bottom in its own script and calls these. The same
 command runs in one process or under `torchrun` (gloo on a CPU, nccl on GPUs).
@@ -8,8 +8,9 @@ the nearest orthogonal matrix of the momentum), which on two cores saves two thi
 """
 from __future__ import annotations
 
-import csv
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -58,11 +59,6 @@ def start_processes(device="auto"):
     return Processes(rank, world, device)
 
 
-def end_processes():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def pick_device(name="auto"):
     """cuda, mps, cpu in this order for "auto"; UserError for one that is not there."""
     if name == "auto":
@@ -76,31 +72,61 @@ def pick_device(name="auto"):
 
 def pick_dtype(name, device):
     """bf16 for "auto" where the hardware is fast at it, else fp32. Returns the autocast dtype."""
-    cpu = [getattr(torch.cpu, f"_is_{n}_supported", bool) for n in ("amx_tile", "avx512_bf16")]
-    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else \
-        device.type == "cpu" and any(supported() for supported in cpu)
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
+    if name == "auto":
+        cpu = [getattr(torch.cpu, f"_is_{n}_supported", bool) for n in ("amx_tile", "avx512_bf16")]
+        fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else \
+            device.type == "cpu" and any(supported() for supported in cpu)
+        name = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[name]
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
 
 
 def distribute(model, processes):
-    """Wrap a model for gradient averaging when there is more than one process."""
-    if processes.world == 1:
-        return model
-    gpu = [processes.device.index] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=gpu)
+    """The model, its gradients averaged over the processes."""
+    return DistributedDataParallel(model) if processes.world > 1 else model
 
 
 def agree(values, processes):
     """Rank 0's numbers, on every process: clocks and signals differ, decisions must not."""
-    if processes.world == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=processes.device)
-    dist.broadcast(tensor, 0)
-    return tensor.tolist()
+    if processes.world > 1:
+        tensor = torch.tensor(values, dtype=torch.float64, device=processes.device)
+        dist.broadcast(tensor, 0)
+        values = tensor.tolist()
+    return values
+
+
+def total(tensor, processes):
+    """The sum of a tensor over all processes."""
+    if processes.world > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def averaged(terms, processes):
+    """A dict of scalars as floats, each the mean over all processes."""
+    values = torch.tensor([float(v) for v in terms.values()], dtype=torch.float64)
+    if processes.world > 1:
+        values = total(values.to(processes.device), processes) / processes.world
+    return dict(zip(terms, values.tolist()))
+
+
+@contextlib.contextmanager
+def together(processes, last):
+    """UserError, on every process that is left, when another one has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise media.UserError(f"process {processes.rank}: another process of this run has ended; "
+                              f"the same command goes on from {last}") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def generator(*key, device="cpu"):
@@ -172,8 +198,7 @@ def make_optimisers(model, kind, lr, betas=(.9, .99), muon_lr=2e-3):
     return chosen
 
 
-def set_rate(optimisers, factor):
-    """Multiply every base learning rate by the schedule's factor."""
+def set_rate(optimisers, factor):                               # times every base learning rate
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -192,7 +217,7 @@ def rate_factor(schedule, step, share, warmup):
 
 
 class Ema:
-    """A running average of a model's weights: `weights` is a state dict in fp32."""
+    """A running average of a model's weights: `weights` is a state dict."""
 
     def __init__(self, model, decay=.995):
         self.decay = decay
@@ -204,8 +229,7 @@ class Ema:
         for name, value in model.state_dict().items():
             self.weights[name].lerp_(value, 1 - decay)
 
-    def half(self):
-        """What ships: fp16 weights on the CPU."""
+    def half(self):                                             # what ships
         return {k: v.half().cpu() if v.is_floating_point() else v.cpu()
                 for k, v in self.weights.items()}
 
@@ -216,66 +240,49 @@ class Budget:
     """How long a run lasts: `steps`, or `minutes` summed over all its resumed parts."""
 
     def __init__(self, steps=None, minutes=None, spent=0.0):
-        if (steps is None) == (minutes is None):
-            raise media.UserError("give either --steps or --minutes")
-        if (steps or minutes) <= 0:
-            raise media.UserError("--steps and --minutes must be above zero")
+        if (steps is None) == (minutes is None) or (steps or minutes) <= 0:
+            raise media.UserError("give either --steps or --minutes, above zero")
         self.steps, self.minutes = steps, minutes
         self.start = time.monotonic() - 60 * spent
 
     def spent(self):
-        """Minutes so far."""
-        return (time.monotonic() - self.start) / 60
+        return (time.monotonic() - self.start) / 60             # minutes
 
-    def share(self, step):
-        """How much is used up, 0..1."""
+    def share(self, step):                                      # of what there is, 0..1
         return min(1.0, step / self.steps if self.steps else self.spent() / self.minutes)
 
 
-class Stop:
-    """True once SIGINT or SIGTERM arrived: the loop saves and ends. A second ends at once."""
+@contextlib.contextmanager
+def stop_on_signals():
+    """Yields a list, empty until SIGINT or SIGTERM arrives: the loop then saves and ends. A second
+    signal ends at once."""
+    wanted = []
 
-    def __init__(self):
-        self.wanted, self.before = False, {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+    def note(number, _):
+        if wanted:
+            raise KeyboardInterrupt
+        wanted.append(number)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wanted
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def _note(self, number, _):
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
 
-    def __bool__(self):
-        return self.wanted
-
-
-class Ahead:
-    """make(step) for step after step. Beside a GPU a thread prepares the coming steps; on a CPU
-    it would only take the cores from the training."""
-
-    def __init__(self, make, first, device):
-        self.make, self.next, self.waiting = make, first, []
-        self.depth = 3 if device.type == "cuda" else 0
-        self.pool = ThreadPoolExecutor(1)
-
-    def __call__(self, step):
-        """The value of `step`; steps must come in order."""
-        if not self.depth:
-            return self.make(step)
-        while self.next < step + self.depth:
-            self.waiting.append(self.pool.submit(self.make, self.next))
-            self.next += 1
-        return self.waiting.pop(0).result()
-
-    def close(self):
-        self.pool.shutdown(wait=False, cancel_futures=True)
+def ahead(make, first, device, depth=3):
+    """Yields make(first), make(first + 1), ... Beside a GPU a thread prepares the coming ones; on a
+    CPU it would only take the cores from the training."""
+    if device.type != "cuda":
+        yield from map(make, itertools.count(first))
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = [pool.submit(make, first + k) for k in range(depth)]
+        for step in itertools.count(first + depth):
+            yield waiting.pop(0).result()
+            waiting.append(pool.submit(make, step))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -299,10 +306,8 @@ def ship(path, state, **told):
 
 def fingerprint(model):
     """A few letters that tell these weights, in fp16, from all others."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().half().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    parts = (v.detach().half().cpu().numpy().tobytes() for v in model.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def load(path, device="cpu"):
@@ -311,12 +316,12 @@ def load(path, device="cpu"):
         raise media.UserError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__} is in it")
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0][:120]
         raise media.UserError(f"{path}: not a checkpoint of this project, or cut short "
                               f"({reason})") from error
-    if not isinstance(state, dict):
-        raise media.UserError(f"{path}: not a checkpoint of this project")
     return state
 
 
@@ -343,58 +348,12 @@ def load_model(kind, config, path, device="cpu"):
 
 
 def load_optimisers(optimisers, states, path):
-    """Fill optimisers; UserError when the run had others."""
+    """Fill optimisers, which keep their learning rates; UserError when the run had others."""
     try:
         for optimiser, state in zip(optimisers, states, strict=True):
+            rates = [group["base_lr"] for group in optimiser.param_groups]
             optimiser.load_state_dict(state)
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["base_lr"] = rate
     except ValueError as error:
         raise media.UserError(f"{path}: a run with another --optimiser; use --fresh") from error
-
-
-# ---- logs and curves -----------------------------------------------------------------------------
-
-class Log:
-    """`log.csv`: a row a step. A resumed run drops the rows after its checkpoint."""
-
-    def __init__(self, path, columns, step=0):
-        self.path, self.columns = Path(path), ["step", "minutes", *columns]
-        rows = [r for r in read_log(path) if r["step"] < step] if step else []
-        with media.replacing(path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        self.file = open(path, "a", newline="")
-        self.flush, self.close = self.file.flush, self.file.close
-
-    def write(self, **values):
-        row = [values.get(c, "") for c in self.columns]
-        csv.writer(self.file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
-
-
-
-def read_log(path):
-    """Rows of a log.csv as dicts of floats; an unwritten or torn cell is nan."""
-    if not Path(path).is_file():
-        return []
-
-    def number(text):
-        try:
-            return float(text)
-        except (TypeError, ValueError):
-            return math.nan
-    with open(path, newline="") as file:
-        return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def draw_curves(log_path, png, columns):
-    """A small smoothed chart for each column of a log.csv, over steps."""
-    rows = read_log(log_path)
-    steps = np.array([row["step"] for row in rows])
-    series = {}
-    for name in columns:
-        values = np.array([row.get(name, math.nan) for row in rows])
-        kept = np.isfinite(values)
-        if kept.sum() >= 2:
-            series[name] = steps[kept], values[kept]
-    if series:
-        media.write_image(png, media.charts(series))

@@ -9,10 +9,13 @@ shows no appearance. Letters: B batch, H W picture, h w latent, C channels. Pict
 
 Departures from the paper, or choices where it is silent:
 1. "Perceptual" is LPIPS where VGG16's weights are at hand, else differences of neighbouring pixels.
+   Beside L1 there is a square: see `l2`.
 2. Lips, eyes and brows are under 4 % of the pixels; a weight map makes them count (`weight_map`).
 3. Eq. 3's generator is non-saturating by default; the literal one and the hinge are options.
 4. The `toy` preset keeps z^a at a quarter and z^m at an eighth of a 128² picture: three channels
    at an eighth of a small picture lose the face.
+5. A posterior mean starts as the picture itself, shrunken: detail is packed in from there.
+6. D attends to itself one level below z^a: what it needs here may lie elsewhere in the portrait.
 """
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class VAEConfig:
     size: int = 128              # H = W
     appearance_factor: int = 4   # h_a = size / appearance_factor
     motion_factor: int = 8       # h_m = size / motion_factor
-    latent: int = 3              # channels of z^a and z^m
+    latent: int = 3              # channels of z^a and z^m, as many as a picture has
     patch: int = 4               # squares folded into channels at the encoders' door
     width: int = 64              # the paper's d_hidden
     layers: int = 2              # the paper's n_layer: residual blocks a level
@@ -75,6 +78,26 @@ class ResidualBlock(nn.Module):
         return x + self.second(F.silu(self.norm(self.first(F.silu(x)))))
 
 
+class Attention(nn.Module):
+    """Self-attention over the positions of a picture of side² features; its output starts at zero."""
+
+    def __init__(self, channels, side, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.norm = ChannelNorm(channels)
+        self.position = nn.Parameter(torch.randn(1, channels, side, side) * .3)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):                                     # (B, C, h, w)
+        qkv = self.qkv(self.norm(x) + self.position).flatten(2).mT             # (B, h w, 3C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, h w, .)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, h w, C)
+        return x + self.out(y.mT.unflatten(2, x.shape[2:]))
+
+
 def blocks(channels, count):
     return nn.Sequential(*[ResidualBlock(channels) for _ in range(count)])
 
@@ -104,7 +127,7 @@ class Encoder(nn.Module):
     def __init__(self, config, factor):
         super().__init__()
         c, at = config, config.patch
-        self.patch = c.patch
+        self.patch, self.factor = c.patch, factor
         self.door = nn.Conv2d(3 * c.patch ** 2, c.channels(at), 3, padding=1)
         levels = [blocks(c.channels(at), c.layers)]
         while at < factor:
@@ -116,8 +139,11 @@ class Encoder(nn.Module):
         nn.init.constant_(self.head.bias[c.latent:], -5.0)    # start nearly without noise
 
     def forward(self, x):
+        shrunken = F.avg_pool2d(x, self.factor)               # (B, 3, h, w)
         x = self.door(F.pixel_unshuffle(x, self.patch))       # (B, C, H/4, W/4)
-        return self.head(F.silu(self.levels(x))).float().chunk(2, dim=1)
+        both = self.head(F.silu(self.levels(x)))              # autocast may have made them bf16
+        mean, logvar = both.to(self.head.weight.dtype).chunk(2, dim=1)
+        return shrunken + mean, logvar
 
 
 class Decoder(nn.Module):
@@ -138,6 +164,8 @@ class Decoder(nn.Module):
         self.ups = nn.ModuleList(Up(b, a) for a, b in zip(widths, widths[1:]))
         self.merges = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in widths[:-1])
         self.going_up = nn.ModuleList(blocks(w, c.layers) for w in widths[:-1])
+        for stack in (self.going_down, self.going_up)[:c.depth]:
+            stack[1].append(Attention(widths[1], c.size // factors[1]))
         levels, width = [], widths[0]
         while top > 2:                                                   # light levels near the end
             levels += [Up(width, width // 2, kernel=3), ResidualBlock(width // 2)]
@@ -156,7 +184,7 @@ class Decoder(nn.Module):
         for k in reversed(range(len(skips))):
             x = self.merges[k](torch.cat([skips[k], self.ups[k](x)], 1))
             x = self.going_up[k](x)
-        return self.picture(x).float()                                    # (B, 3, H, W)
+        return self.picture(x).to(self.project.weight.dtype)              # (B, 3, H, W)
 
 
 class VAE(nn.Module):
@@ -225,8 +253,14 @@ def weight_map(boxes, shares, size):
 
 
 def l1(x_hat, x, weight):
-    """Weighted mean absolute difference."""
-    return (weight * (x_hat - x).abs()).mean() / weight.mean()
+    """Weighted mean absolute difference, picture by picture: a batch may be cut anywhere."""
+    return picture_mean(weight * (x_hat - x).abs(), weight)
+
+
+def l2(x_hat, x, weight):
+    """Weighted mean square. A thin line whose place is uncertain is worth nothing to L1, whose best
+    guess is the median: glasses would be left out for long."""
+    return picture_mean(weight * (x_hat - x).square(), weight)
 
 
 def gradient_l1(x_hat, x, weight):
@@ -234,7 +268,12 @@ def gradient_l1(x_hat, x, weight):
     d = x_hat - x
     across = weight[..., 1:] * (d[..., 1:] - d[..., :-1]).abs()
     along = weight[..., 1:, :] * (d[..., 1:, :] - d[..., :-1, :]).abs()
-    return (across.mean() + along.mean()) / weight.mean()
+    return picture_mean(across, weight) + picture_mean(along, weight)
+
+
+def picture_mean(values, weight):
+    """Mean over each picture, over its mean weight, then over the batch: (B, C, h, w) -> scalar."""
+    return (values.mean((1, 2, 3)) / weight.mean((1, 2, 3))).mean()
 
 
 class LPIPS(nn.Module):
@@ -307,7 +346,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(before, 1, 3, padding=1))
 
     def forward(self, x):
-        return self.layers(x).float()
+        return self.layers(x).to(self.layers[0].weight.dtype)
 
 
 def adversarial_value(real, fake):
@@ -329,11 +368,14 @@ def generator_loss(fake, kind="nonsaturating"):
     return -F.logsigmoid(fake).mean() if kind == "nonsaturating" else -fake.mean()
 
 
-def adaptive_weight(reconstruction, adversarial, last_layer):
-    """|d rec / d w| / |d adv / d w| at the last layer w: both pull equally hard (Esser 2021)."""
-    of_rec, = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    of_adv, = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(max=1e4).detach()
+def adaptive_weight(reconstruction, adversarial, last_layer, average=lambda gradient: gradient):
+    """|d rec / d w| / |d adv / d w| at the last layer w: both pull equally hard (Esser 2021).
+
+    `average` takes the mean of a gradient over processes.
+    """
+    of_rec, of_adv = (average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
+                      for loss in (reconstruction, adversarial))
+    return (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(max=1e4)
 
 
 def psnr(x_hat, x):

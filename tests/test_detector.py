@@ -8,6 +8,7 @@ import torch
 
 import detector
 import media
+import curves
 import training
 from detector import MEDIAPIPE_70, Detector, cut, find, find_in_crops, locate, whole
 from detector_pictures import augment, faceless, make_batch, pool_item
@@ -211,7 +212,7 @@ def test_the_command_trains_and_resumes(tmp_path, monkeypatch, capsys):
     unbroken, resumed = (training.load(tmp_path / out / "last.pt") for out in "ab")
     for name, value in unbroken["ema"].items():
         assert torch.equal(value, resumed["ema"][name]), name
-    assert [r["step"] for r in training.read_log(tmp_path / "b" / "log.csv")] == [0, 1, 2]
+    assert [r["step"] for r in curves.read_log(tmp_path / "b" / "log.csv")] == [0, 1, 2]
     for name in ("last.pt", "detector.pt", "curve.png", "grid.png"):
         assert (tmp_path / "b" / name).stat().st_size > 0
     assert (tmp_path / "b" / "detector.pt").stat().st_size < 4e6

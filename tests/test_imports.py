@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY = {"media": "", "audio": "media", "landmarks": "", "voices": "media audio",
        "faces": "landmarks", "painter": "landmarks faces",
        "toy": "media audio landmarks voices faces painter", "training": "media"}
+MAY["curves"] = "media"
 MAY["detector_pictures"] = " ".join(MAY)
 MAY["detector"] = " ".join(MAY)
 MAY["data"] = " ".join(MAY)

@@ -145,8 +145,8 @@ def test_presets_are_built_and_counted():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in vae.VAE(c).parameters())
                   for name, c in vae.PRESETS.items()}
-    assert counts == {"toy": 5_539_608, "small": 57_952_792, "base": 424_911_896,
-                      "large": 3_246_622_744}
+    assert counts == {"toy": 5_737_752, "small": 60_318_232, "base": 433_837_080,
+                      "large": 3_281_250_328}
 
 
 def test_lpips_is_zero_for_equal_pictures_and_reads_the_public_layout(tmp_path):
