@@ -16,6 +16,7 @@ tool is; ours knows drawings only, since no photograph is in its training.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ FLAT = .45                      # share of pixels without an edge above which a 
 NOTE = "the shipped weights were trained on drawings, not photographs"
 SHIPPED = Path(__file__).parent / "checkpoints" / "toy" / "detector.pt"
 LARGEST = 2048                  # longer sides are shrunk by a whole factor before looking
+SMALLEST = 32                   # a picture with a shorter side holds no face
+MOST_WINDOWS = 40
+CUT = .03                       # of the crop's side: how far points may lie outside a picture
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -166,17 +170,47 @@ def find_in_crops(model, frames):
     return look(model, frames)[0]
 
 
-def find(model, picture, looks=2):
+def windows(picture):
+    """Squares in which faces of a picture may lie: all of it, then smaller ones that overlap."""
+    height, width = picture.shape[:2]
+    boxes = [whole(picture)]
+    for side in (min(height, width), min(height, width) / 2):
+        rows, columns = (np.linspace(0, full - side, 1 + math.ceil(2 * (full / side - 1))) - .5
+                         for full in (height, width))
+        boxes += [(x, y, float(side)) for y in rows for x in columns]
+    return boxes[:MOST_WINDOWS]
+
+
+def find_all(model, picture):
+    """The faces that it is sure of, largest first: [(points (70, 2) px, how sure), ...]."""
+    factor, picture = shrunken(picture)
+    boxes, faces = windows(picture), []
+    _, sure = look(model, np.stack([cut(picture, box, 128) for box in boxes]))
+    found = [find(model, picture, 2, box) for box, s in zip(boxes, sure) if s > .5]
+    for points, s in sorted(found, key=lambda face: -np.ptp(face[0], axis=0).prod()):
+        here = points.mean(0)
+        taken = [crop_box(p) for p, _ in faces]
+        if s >= SURE and not any((0 < here - (x, y)).all() and (here - (x, y) < side).all()
+                                 for x, y, side in taken):
+            faces.append((points, s))
+    return [((points + .5) * factor - .5, s) for points, s in faces]
+
+
+def shrunken(picture):
+    """How many times smaller, and the picture, so that no side is over LARGEST."""
+    factor = -(-max(picture.shape[:2]) // LARGEST)
+    return factor, np.asarray(Image.fromarray(picture).reduce(factor)) if factor > 1 else picture
+
+
+def find(model, picture, looks=2, box=None):
     """Points (70, 2) in the picture's pixels, and how sure, 0..1. picture (H, W, 3) uint8.
 
-    First the whole picture, then the crop that the answer before gives; the last look counts.
-    One face is found; of several, whichever the first look leans to (mostly the largest).
+    First the whole picture, or a box of it, then the crop that the answer before gives; the last
+    look counts. One face is found; of several, whichever the first look leans to.
     """
-    factor = -(-max(picture.shape[:2]) // LARGEST)
-    if factor > 1:
-        picture = np.asarray(Image.fromarray(picture).reduce(factor))
-    box = whole(picture)
-    limit = box[2]
+    factor, picture = shrunken(picture)
+    box = box or whole(picture)
+    limit = whole(picture)[2]
     for _ in range(looks):
         points, sure = look(model, cut(picture, box, 128)[None])
         points = points[0].astype(np.float64) + .5
@@ -200,7 +234,10 @@ MEDIAPIPE_70 = (
 
 
 def mediapipe_points(picture):
-    """The points of the largest face, (70, 2) px, or None. ImportError where not installed."""
+    """Points (70, 2) px of the largest face, or None, and how many faces there are.
+
+    ImportError where mediapipe is not installed.
+    """
     os.environ.setdefault("GLOG_minloglevel", "2")
     from mediapipe.python.solutions.face_mesh import FaceMesh
     factor = -(-max(picture.shape[:2]) // LARGEST)
@@ -208,10 +245,24 @@ def mediapipe_points(picture):
     with FaceMesh(static_image_mode=True, max_num_faces=4, refine_landmarks=True) as mesh:
         faces = mesh.process(np.ascontiguousarray(small)).multi_face_landmarks
     if not faces:
-        return None
+        return None, 0
     found = [np.array([(p.x, p.y) for p in face.landmark])[list(MEDIAPIPE_70)] for face in faces]
     points = max(found, key=lambda p: np.ptp(p, axis=0).prod()) * small.shape[1::-1]
-    return (points * factor - .5).astype(np.float32)
+    return (points * factor - .5).astype(np.float32), len(faces)
+
+
+def check_inside(name, picture, points):
+    """UserError for a face that the picture's border cuts."""
+    out = np.maximum(-points, points - np.array(picture.shape[1::-1]) + 1).max(1)    # px, (70,)
+    beyond = out > CUT * crop_box(points)[2]
+    if beyond.any():
+        raise media.UserError(f"{name}: the picture's border cuts the face ({beyond.sum()} of "
+                              f"{POINTS} points lie outside); choose one with the whole face")
+
+
+def several(name, count):
+    """What to tell of a picture with more than one face, or None."""
+    return f"{name}: {count} faces; the largest speaks" if count > 1 else None
 
 
 def is_drawing(picture, points):
@@ -229,18 +280,28 @@ def locate(picture, name, detector="auto", model=None):
     `name` is what to call the picture. detector: "auto", "toy" (ours alone) or "mediapipe".
     """
     sure, missing, ours = 0.0, False, None
+    height, width = picture.shape[:2]
+    if min(height, width) < SMALLEST:
+        raise media.UserError(f"{name}: only {width}x{height} pixels; wants a picture of at least "
+                              f"{SMALLEST}x{SMALLEST}")
     if detector != "mediapipe":
-        ours, sure = find(model or load(), picture)
+        model = model or load()
+        faces = find_all(model, picture) or [find(model, picture)]
+        ours, sure = faces[0]
         if sure >= SURE and is_drawing(picture, ours):
-            return ours, None
+            check_inside(name, picture, ours)
+            return ours, several(name, len(faces))
     if detector != "toy":
         try:
-            points = mediapipe_points(picture)
-            if points is not None:
-                return points, f"{name}: face found with mediapipe; {NOTE}"
+            points, count = mediapipe_points(picture)
+            if count:
+                notes = [f"{name}: face found with mediapipe; {NOTE}", several(name, count)]
+                check_inside(name, picture, points)
+                return points, "; ".join(filter(None, notes))
         except ImportError:
             missing = True
     if sure >= SURE:
+        check_inside(name, picture, ours)
         return ours, f"{name}: looks like a photograph; {NOTE}"
     seen = f"{name}: no face found ({picture.shape[1]}x{picture.shape[0]} pixels"
     seen += f"; our detector, which knows drawings, is {100 * sure:.0f} % sure)" \

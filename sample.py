@@ -60,7 +60,10 @@ def load_models(folder, device, wav2vec2=None):
     if held.get("vae") != training.fingerprint(vae):
         raise media.UserError(f"{path}: was trained on another VAE's latents; train_diffusion.py "
                               "--vae makes one for this VAE")
-    return Models(vae, motion, mean, std, held.get("speech", "mel"), device, wav2vec2)
+    kind = held.get("speech", "mel")
+    if wav2vec2 and kind == "mel":
+        raise media.UserError(f"--wav2vec2 {wav2vec2}: {path} hears log-mel, which needs no weights")
+    return Models(vae, motion, mean, std, kind, device, wav2vec2)
 
 
 def find(folder, name, run):
@@ -136,6 +139,8 @@ def arguments(argv):
         raise media.UserError(f"--steps {args.steps}: wants 1 to 10000")
     if args.seed < 0:
         raise media.UserError(f"--seed {args.seed}: must not be negative")
+    if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg"):
+        raise media.UserError(f"--sheet {args.sheet}: a picture's name ends in .png or .jpg")
     for path in (args.image, args.audio):
         if os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
             raise media.UserError(f"--out {args.out}: is an input too; choose another name")

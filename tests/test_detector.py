@@ -263,7 +263,7 @@ def test_locate_takes_ours_when_sure(monkeypatch):
 
 def test_locate_asks_mediapipe_when_unsure(monkeypatch):
     """An unsure answer goes to mediapipe, and the note says what the weights were trained on."""
-    monkeypatch.setattr(detector, "mediapipe_points", lambda picture: FACE)
+    monkeypatch.setattr(detector, "mediapipe_points", lambda picture: (FACE, 1))
     points, note = locate(PICTURE, "me.png", "auto", Stub(FACE, -9.0))
     assert points is FACE and "trained on drawings" in note
     assert locate(PICTURE, "me.png", "mediapipe")[0] is FACE
@@ -276,7 +276,7 @@ def test_a_photograph_that_ours_is_sure_of_gets_a_note(monkeypatch):
     without_mediapipe(monkeypatch)
     points, note = locate(grain, "me.png", "auto", Stub(FACE))
     assert points is not FACE and "photograph" in note and "trained on drawings" in note
-    monkeypatch.setattr(detector, "mediapipe_points", lambda picture: FACE)
+    monkeypatch.setattr(detector, "mediapipe_points", lambda picture: (FACE, 1))
     assert locate(grain, "me.png", "auto", Stub(FACE))[0] is FACE
 
 
@@ -287,7 +287,7 @@ def test_a_photograph_that_ours_is_sure_of_gets_a_note(monkeypatch):
 def test_locate_says_what_to_do(monkeypatch, choice, installed, advice):
     """No face: one error that names the picture, what was found, and what would help."""
     if installed:
-        monkeypatch.setattr(detector, "mediapipe_points", lambda picture: None)
+        monkeypatch.setattr(detector, "mediapipe_points", lambda picture: (None, 0))
     else:
         without_mediapipe(monkeypatch)
     with pytest.raises(media.UserError) as error:
