@@ -3,6 +3,7 @@
     python evaluate.py                            the shipped weights, a table
     python evaluate.py --quick                    the same in about a minute, on fewer clips
     python evaluate.py --checkpoint runs --json runs/evaluation.json
+    python evaluate.py samplers                   every sampler at 1 to 150 steps
 
 64 clips of 4 s of 64 identities that no training ever meets. Beside each value: the same number
 for the truth, for a trivial baseline (the portrait held still; for lips the loudness) and for
@@ -36,6 +37,7 @@ from landmarks import (EYE_LEFT, EYE_RIGHT, MOUTH, draw, eye_opening, head_pose,
                        point_error, region_box)
 
 SIZE, SECONDS = 128, 4.0
+SAMPLER_STEPS = (1, 2, 5, 10, 20, 50, 150)
 LEAST_SPREAD = .01              # of the true mouth opening; stiller clips have no lip numbers
 
 
@@ -342,6 +344,78 @@ def score_speed(args, frame):
         return {"rtf": cold, "rtf_warm": (time.monotonic() - began) / 10}
 
 
+# ---- a table of samplers -------------------------------------------------------------------------
+
+def frechet(a, b):
+    """Fréchet distance of the Gaussians of two sets of vectors, (n, d) and (m, d)."""
+    (mean_a, mean_b), (cov_a, cov_b) = ([f(x) for x in (a, b)]
+                                        for f in (lambda x: x.mean(0), lambda x: np.cov(x.T)))
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).clip(0)).real.sum()
+    return ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+
+
+def score_samplers(models, finder, clips, how):
+    """Rows of `lip_r_mean8`, distance of motion statistics and seconds, for each sampler and number
+    of steps, on a window of each clip with 8 seeds.
+
+    Motion statistics are a Gaussian over the 16 largest principal axes of the true latents and
+    over their movement from frame to frame; the distance is Fréchet's. `truth` is the distance
+    between two halves of the true clips.
+    """
+    n, seeds = min(models.motion.config.window, len(clips[0][0])), 8
+    prepared, true, opening = [], [], []
+    for clip, frames in clips:
+        z_a, reference = encode(models, frames[0], clip.landmarks[0])
+        speech = sample.hear(models, clip.sound)[:n]
+        prepared.append((z_a, reference, speech, sample.poses(models, speech, clip.pose[0], how)))
+        true.append(encode_track(models, clip.landmarks[:n]))
+        opening.append(mouth_opening(clip.landmarks[:n]))
+    axes = np.linalg.svd(np.concatenate(true) - np.concatenate(true).mean(0), False)[2][:16].T
+
+    def statistics(tracks):                                     # [(n, D)] -> (frames, 32)
+        seen = [track @ axes for track in tracks]
+        return np.concatenate([np.hstack([t[1:], np.diff(t, axis=0)]) for t in seen])
+    z_a, reference, speech, pose = zip(*prepared)
+    pose = None if pose[0] is None else torch.cat(pose).repeat_interleave(seeds, 0)
+    given = (torch.stack(speech).repeat_interleave(seeds, 0),
+             torch.cat(reference).repeat_interleave(seeds, 0), pose)
+    half, rows, numbers = len(true) // 2, [], list(range(seeds)) * len(clips)
+    settings = [(name, steps) for name in diffusion.SAMPLERS for steps in SAMPLER_STEPS]
+    for name, steps in tqdm(settings, "samplers", leave=False):
+        began = time.monotonic()
+        motion = next(diffusion.sample_motion(models.motion, *given, numbers, name, steps))
+        seconds = (time.monotonic() - began) / len(motion)
+        tracks = motion.flatten(2).cpu().double().numpy()                    # (clips * seeds, n, D)
+        curves = []
+        for k, track in enumerate(motion[:, ::4]):
+            made = np.concatenate(list(sample.decode(models, z_a[k // seeds], track)))
+            curves.append(mouth_opening(detectors.find_in_crops(finder, made)))
+        curves = np.stack(curves).reshape(len(clips), seeds, -1).mean(1)
+        r = [pearson(curve, o[::4]) for curve, o in zip(curves, opening) if o.std() > LEAST_SPREAD]
+        rows.append({"sampler": name, "steps": steps, "lip_r_mean8": float(np.mean(r)),
+                     "distance": float(frechet(statistics(tracks), statistics(true))),
+                     "seconds": seconds})
+    truth = frechet(statistics(true[:half]), statistics(true[half:])) if half > 1 else None
+    return {"rows": rows, "truth": truth, "seconds_of_speech": n / media.FPS}
+
+
+@torch.inference_mode()
+def encode_track(models, points):
+    """Normalised latents of given points, (n, 70, 2) -> (n, D)."""
+    x_m = media.to_float(np.stack([draw(p, SIZE) for p in points])).to(models.device)
+    z = torch.cat([models.vae.encode_motion(part)[0] for part in x_m.split(16)])
+    return ((z - models.mean) / models.std).flatten(1).cpu().double().numpy()
+
+
+def show_samplers(table):
+    print(f"{'sampler':16}{'steps':>6}{'lip_r_mean8':>13}{'distance':>10}{'seconds':>9}")
+    for row in table["rows"]:
+        print(f"{row['sampler']:16}{row['steps']:6}{row['lip_r_mean8']:13.3f}"
+              f"{row['distance']:10.2f}{row['seconds']:9.3f}")
+    print(f"seconds for {table['seconds_of_speech']:.2f} s of speech; distance between two halves "
+          f"of the true clips {table['truth'] or float('nan'):.2f}")
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 def show(numbers):
@@ -356,6 +430,7 @@ def show(numbers):
 
 def main(argv=None):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("table", nargs="?", choices=("samplers",), help="this table instead")
     p.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
     p.add_argument("--json", metavar="FILE", help="write the numbers, by name")
     p.add_argument("--quick", action="store_true", help="fewer clips, about a minute")
@@ -379,7 +454,12 @@ def main(argv=None):
     finder = detectors.load(sample.find(Path(args.checkpoint), "detector.pt", "detector"),
                             models.device)
     workers = data.default_workers() if args.workers is None else args.workers
-    clips = data.in_parallel(held_out, range(plan.clips), workers, "rendering the truth")
+    count = min(plan.clips, 4) if args.table else plan.clips
+    clips = data.in_parallel(held_out, range(count), workers, "rendering the truth")
+    if args.table:
+        numbers = score_samplers(models, finder, clips, args.pose)
+        show_samplers(numbers)
+        return write(args.json, numbers | {"toy_version": toy.TOY_VERSION})
 
     speed = score_speed(args, clips[0][1][0])
     numbers, floor = score_truth(plan, clips, finder)
@@ -392,10 +472,13 @@ def main(argv=None):
     show(numbers)
     print(f"{name} plan, {plan.clips} clips, Toy Heads version {toy.TOY_VERSION}, "
           f"{(time.monotonic() - began) / 60:.1f} minutes")
-    if args.json:
-        with media.replacing(args.json) as temporary:
-            Path(temporary).write_text(json.dumps(
-                {"toy_version": toy.TOY_VERSION, "plan": name} | numbers, indent=1, default=float))
+    write(args.json, {"toy_version": toy.TOY_VERSION, "plan": name} | numbers)
+
+
+def write(path, numbers):
+    if path:
+        with media.replacing(path) as temporary:
+            Path(temporary).write_text(json.dumps(numbers, indent=1, default=float))
 
 
 if __name__ == "__main__":

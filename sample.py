@@ -62,7 +62,8 @@ def load_models(folder, device, wav2vec2=None):
                               "--vae makes one for this VAE")
     kind = held.get("speech", "mel")
     if wav2vec2 and kind == "mel":
-        raise media.UserError(f"--wav2vec2 {wav2vec2}: {path} hears log-mel, which needs no weights")
+        raise media.UserError(f"--wav2vec2 {wav2vec2}: {path} hears log-mel, which needs no such "
+                              "weights")
     return Models(vae, motion, mean, std, kind, device, wav2vec2)
 
 

@@ -79,7 +79,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of a picture of side² features; its output starts at zero."""
+    """Self-attention over the side x side positions of a level; what it adds starts at zero."""
 
     def __init__(self, channels, side, heads=4):
         super().__init__()
