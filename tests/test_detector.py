@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import curves
 import detector
 import media
-import curves
+import toy
 import training
-from detector import MEDIAPIPE_70, Detector, cut, find, find_in_crops, locate, whole
+from detector import MEDIAPIPE_70, Detector, cut, find, find_all, find_in_crops, locate, whole
 from detector_pictures import augment, faceless, make_batch, pool_item
 from landmarks import crop_box
 
@@ -188,34 +189,16 @@ def test_it_learns_one_batch_by_heart(pool):
     assert np.mean(errors[-3:]) < errors[0] / 4 and sure.item() < .2
 
 
-class StopsAfterOne(training.Stop):
-    """A Ctrl-C during the first step."""
-    asked = 0
-
-    def __bool__(self):
-        self.asked += 1
-        return self.asked > 1
-
-
-def test_the_command_trains_and_resumes(tmp_path, monkeypatch, capsys):
-    """Stopped after a step and started again is, bit by bit, never stopped; every file is there."""
+def test_the_command_leaves_every_file(tmp_path, monkeypatch, capsys):
+    """Three steps: the error is printed, and weights, log, curves and found points are there."""
     monkeypatch.setattr(detector, "held_out_frames", lambda: pool_item(0)[:2])
-    command = ["--identities", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
-               "--steps", "3", "--out"]
-    detector.main([*command, str(tmp_path / "a")])
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "Stop", StopsAfterOne)
-        detector.main([*command, str(tmp_path / "b")])
-    assert training.load(tmp_path / "b" / "last.pt")["step"] == 1
-    detector.main([*command, str(tmp_path / "b")])
+    detector.main(["--identities", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
+                   "--steps", "3", "--out", str(tmp_path)])
     assert "detector_px" in capsys.readouterr().out
-    unbroken, resumed = (training.load(tmp_path / out / "last.pt") for out in "ab")
-    for name, value in unbroken["ema"].items():
-        assert torch.equal(value, resumed["ema"][name]), name
-    assert [r["step"] for r in curves.read_log(tmp_path / "b" / "log.csv")] == [0, 1, 2]
+    assert [r["step"] for r in curves.read_log(tmp_path / "log.csv")] == [0, 1, 2]
     for name in ("last.pt", "detector.pt", "curve.png", "grid.png"):
-        assert (tmp_path / "b" / name).stat().st_size > 0
-    assert (tmp_path / "b" / "detector.pt").stat().st_size < 4e6
+        assert (tmp_path / name).stat().st_size > 0
+    assert (tmp_path / "detector.pt").stat().st_size < 4e6
 
 
 def test_weights_travel_in_half_precision(tmp_path):
@@ -253,7 +236,40 @@ def without_mediapipe(monkeypatch):
 PICTURE = np.zeros((96, 128, 3), np.uint8)
 
 
-def test_locate_takes_ours_when_sure(monkeypatch):
+def test_every_face_of_a_picture_is_found_the_largest_first():
+    """Big and small, or four at once; one head, however far away, is one; none is none."""
+    model, head = detector.load(), lambda k, side: toy.portrait(toy.HELD_OUT + k, side)
+    small = np.pad(head(8, 150), ((75, 75), (0, 0), (0, 0)), mode="edge")
+    picture = np.concatenate([small, head(7, 300)], 1)
+    (big, _), (other, _) = find_all(model, picture)
+    assert big[:, 0].mean() > 200 > other[:, 0].mean() and other[:, 1].min() > 60
+    assert locate(picture, "us.png", "toy", model)[1] == "us.png: 2 faces; the largest speaks"
+    four = np.concatenate([np.concatenate([head(k, 200), head(k + 1, 200)], 1) for k in (1, 3)])
+    assert len(find_all(model, four)) == 4
+    far = np.pad(toy.portrait(toy.HELD_OUT + 9, 100), ((150, 250), (300, 100), (0, 0)), mode="edge")
+    assert len(find_all(model, far)) == 1
+    assert find_all(model, np.full((300, 400, 3), 90, np.uint8)) == []
+
+
+def test_a_cut_face_is_refused_and_a_tight_one_is_not():
+    """The picture may end where the points end, but not within the face."""
+    model, picture = detector.load(), toy.portrait(toy.HELD_OUT + 1, 256)
+    points, _ = locate(picture, "a.png", "toy", model)
+    (x0, y0), (x1, y1) = points.min(0).astype(int) - 2, points.max(0).astype(int) + 3
+    assert locate(picture[y0:y1, x0:x1], "a.png", "toy", model)[1] is None
+    half = (x0 + x1) // 2
+    for cut_one in (picture[:, half - 10:], picture[:, :half + 10], picture[:y1 - 30]):
+        with pytest.raises(media.UserError, match="a.png: the picture's border cuts the face"):
+            locate(cut_one, "a.png", "toy", model)
+
+
+@pytest.fixture
+def one_window(monkeypatch):
+    """The stub answers wherever it looks: let it look at the whole picture alone."""
+    monkeypatch.setattr(detector, "windows", lambda picture: [whole(picture)])
+
+
+def test_locate_takes_ours_when_sure(monkeypatch, one_window):
     """A sure answer of our own needs neither mediapipe nor a note."""
     without_mediapipe(monkeypatch)
     for choice in ("auto", "toy"):
@@ -261,7 +277,7 @@ def test_locate_takes_ours_when_sure(monkeypatch):
         assert points.shape == (70, 2) and note is None
 
 
-def test_locate_asks_mediapipe_when_unsure(monkeypatch):
+def test_locate_asks_mediapipe_when_unsure(monkeypatch, one_window):
     """An unsure answer goes to mediapipe, and the note says what the weights were trained on."""
     monkeypatch.setattr(detector, "mediapipe_points", lambda picture: (FACE, 1))
     points, note = locate(PICTURE, "me.png", "auto", Stub(FACE, -9.0))
@@ -269,7 +285,7 @@ def test_locate_asks_mediapipe_when_unsure(monkeypatch):
     assert locate(PICTURE, "me.png", "mediapipe")[0] is FACE
 
 
-def test_a_photograph_that_ours_is_sure_of_gets_a_note(monkeypatch):
+def test_a_photograph_that_ours_is_sure_of_gets_a_note(monkeypatch, one_window):
     """Noise is not drawn: mediapipe is asked first; without it our answer comes with the note."""
     grain = np.random.default_rng(0).integers(0, 255, PICTURE.shape, dtype=np.uint8)
     assert not detector.is_drawing(grain, FACE) and detector.is_drawing(PICTURE, FACE)
@@ -284,7 +300,7 @@ def test_a_photograph_that_ours_is_sure_of_gets_a_note(monkeypatch):
     ("auto", False, "pip install -r requirements-real.txt"),
     ("mediapipe", False, "pip install -r requirements-real.txt"),
     ("auto", True, "frontal face"), ("toy", True, "--detector auto")])
-def test_locate_says_what_to_do(monkeypatch, choice, installed, advice):
+def test_locate_says_what_to_do(monkeypatch, one_window, choice, installed, advice):
     """No face: one error that names the picture, what was found, and what would help."""
     if installed:
         monkeypatch.setattr(detector, "mediapipe_points", lambda picture: (None, 0))

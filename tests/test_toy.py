@@ -265,6 +265,13 @@ def test_portraits_share_an_identity():
     np.testing.assert_array_equal(pictures[:, 1, 1], np.repeat(pictures[:1, 1, 1], 4, 0))
 
 
+def test_close_portraits_turn_as_little_as_in_a_clip():
+    """close=True: the yaw of a head spreads by about 5 degrees; else by about 12."""
+    close, wide = (np.mean([toy.random_poses(np.random.default_rng(k), 8, c).pose[:, 1].std()
+                            for k in range(200)]) for c in (True, False))
+    assert 3.8 < close < 5.5 and 9 < wide < 13
+
+
 @pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--size", "8"], ["--instruct", "dance"],
                                        ["--defect", "ugly"]])
 def test_bad_arguments(arguments, tmp_path):

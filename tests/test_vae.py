@@ -73,12 +73,46 @@ def test_regions_count_by_their_share():
 
 
 def test_reconstruction_terms_by_hand():
-    """L1 of a constant shift is the shift; its gradient term is 0; a slope's is the slope."""
+    """L1 of a constant shift is the shift, L2 its square; its gradient term is 0; a slope's is the
+    slope."""
     x, one = torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 8)
     torch.testing.assert_close(vae.l1(x + .3, x, one), torch.tensor(.3))
+    torch.testing.assert_close(vae.l2(x + .3, x, one), torch.tensor(.09))
     torch.testing.assert_close(vae.gradient_l1(x + .3, x, one), torch.tensor(0.))
     slope = .1 * torch.arange(8.).expand(1, 3, 8, 8)
     torch.testing.assert_close(vae.gradient_l1(slope, x, one), torch.tensor(.1))
+
+
+@pytest.mark.parametrize("loss", [vae.l1, vae.l2, vae.gradient_l1])
+def test_a_batch_may_be_cut_anywhere(loss):
+    """The mean of two halves is the whole, whatever the weights of the pictures in them."""
+    x, y = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    weight = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double() + \
+        torch.arange(4.).view(4, 1, 1, 1)
+    halves = [loss(*part) for part in zip(x.split(2), y.split(2), weight.split(2))]
+    torch.testing.assert_close(sum(halves) / 2, loss(x, y, weight), rtol=1e-12, atol=0)
+
+
+def test_a_posterior_mean_starts_from_the_shrunken_picture():
+    """With its head at zero an encoder's mean is the picture, averaged over factor x factor."""
+    model = vae.VAE(TINY)
+    torch.nn.init.zeros_(model.appearance_encoder.head.weight)
+    torch.nn.init.zeros_(model.appearance_encoder.head.bias)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.encode_appearance(x)[0],
+                               torch.nn.functional.avg_pool2d(x, 4))
+
+
+def test_attention_is_the_textbook_and_starts_as_nothing():
+    """softmax(q k^T / sqrt(d)) v over all positions and heads, worked out by loops."""
+    torch.manual_seed(0)
+    layer, x = vae.Attention(8, 3, heads=2), torch.randn(1, 8, 3, 3)
+    torch.testing.assert_close(layer(x), x)
+    torch.nn.init.normal_(layer.out.weight)
+    q, k, v = layer.qkv(layer.norm(x) + layer.position).flatten(2)[0].chunk(3)      # (8, 9) each
+    y = torch.cat([v[h] @ (q[h].T @ k[h] / 2).softmax(-1).T for h in (slice(0, 4), slice(4, 8))])
+    wanted = x + (layer.out.weight[:, :, 0, 0] @ y).view(1, 8, 3, 3)
+    torch.testing.assert_close(layer(x), wanted)
 
 
 def test_latents_have_the_shapes_of_the_config():
