@@ -183,6 +183,16 @@ def score_self(plan, clips, models, finder, floor):
             "akd_floor": score(floor), "lip_r_ceiling": score(r["lips"], truth=1.0, baseline=0.0)}
 
 
+def draw_sheet(path, clips, models, count=32):
+    """A picture of held-out identities: portrait, result, truth, of the frame that turns furthest."""
+    shown = []
+    for clip, frames in clips[:count]:
+        k = int(np.abs(clip.pose - clip.pose[0]).sum(1).argmax())
+        z_a, _ = encode(models, frames[0], clip.landmarks[0])
+        shown += [frames[0], redraw(models, z_a, clip.landmarks[k:k + 1])[0], frames[k]]
+    media.write_image(path, media.grid(np.stack(shown), 12))
+
+
 def score_cross(plan, clips, models, finder):
     """One clip's motion on another's portrait, against the driver and against the renderer."""
     rng = np.random.default_rng(0)
@@ -433,6 +443,7 @@ def main(argv=None):
     p.add_argument("table", nargs="?", choices=("samplers",), help="this table instead")
     p.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
     p.add_argument("--json", metavar="FILE", help="write the numbers, by name")
+    p.add_argument("--sheet", metavar="PNG", help="draw 32 held-out heads beside their truth")
     p.add_argument("--quick", action="store_true", help="fewer clips, about a minute")
     p.add_argument("--full", action="store_true", help="every frame, all drivers (B.2)")
     p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
@@ -461,6 +472,8 @@ def main(argv=None):
         show_samplers(numbers)
         return write(args.json, numbers | {"toy_version": toy.TOY_VERSION})
 
+    if args.sheet:
+        draw_sheet(args.sheet, clips, models)
     speed = score_speed(args, clips[0][1][0])
     numbers, floor = score_truth(plan, clips, finder)
     numbers |= score_self(plan, clips, models, finder, floor)

@@ -207,8 +207,9 @@ def main(argv=None):
                                                           len(drawn["target"]))
         return drawn
     batches = training.ahead(prepare, step, device)
-    judged = Judged.seen(dataset.pictures[0], dataset.landmarks[0]) if args.overfit else \
-        Judged.unseen(config.size)
+    if processes.leads:
+        judged = Judged.seen(dataset.pictures[0], dataset.landmarks[0]) if args.overfit else \
+            Judged.unseen(config.size)
     log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
     shadow = models.VAE(config).to(device, memory_format=torch.channels_last).eval()
 
