@@ -12,6 +12,7 @@ Departures from the paper, or choices where it is silent:
 3. Speech and pose are dropped in a share of the training steps: pose may then be left free.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
+5. The square of eq. 8 has a weight for each place: eyes and lips are small, and blinks come last.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from torch import nn
 from conformer import Conformer
 
 LAST = 1e-3                      # solvers go from t = 1 to here, then ẑ_0 is the result
-DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .2, .5          # shares of training samples
+DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training samples
 POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
 
 
@@ -329,9 +330,10 @@ class Objective(nn.Module):
         self.model, self.sde = model, sde
 
     def forward(self, batch):
-        """batch: motion (B, N, 3, h, w), reference (B, 3, h, w), pose (B, N, 3), reference_pose
-        (B, 3), speech (B, N, d_s), mask (B, N), and what `draw_batch` gives -> {"motion", "pose"},
-        each a sum over the frames that `counted` counts: a batch may be cut anywhere."""
+        """batch: motion (B, N, 3, h, w), weight (B, N, 1, h, w), reference (B, 3, h, w), pose
+        (B, N, 3), reference_pose (B, 3), speech (B, N, d_s), mask (B, N), and what `draw_batch`
+        gives -> {"motion", "pose"}, each a sum over the frames that `counted` counts: a batch may
+        be cut anywhere."""
         b, model = batch, self.model
         z_t = self.sde.perturb(b["motion"], b["t"], b["noise"])               # eq. 5
         encoded, condition = model.condition(b["speech"], b["pose"], b["mask"], b["keep_speech"],
@@ -339,7 +341,8 @@ class Objective(nn.Module):
         z_hat_0 = model.denoise(z_t, b["t"], condition, model.tokens(b["reference"]),
                                 (b["motion"], b["given"]), b["mask"])
         pose = model.pose_predictor(encoded, b["reference_pose"], b["mask"])
-        error = (z_hat_0 - b["motion"]).square().mean((2, 3, 4))              # (B, N)
+        error = (b["weight"] * (z_hat_0 - b["motion"]).square()).mean((2, 3, 4))      # (B, N)
+        error = error / b["weight"].mean((2, 3, 4)).clamp(min=1)              # 0 where padded
         turned = ((pose - b["pose"]) / POSE_UNIT).square().mean(2)            # (B, N)
         return {name: (values * counts).sum() for name, values, counts
                 in zip(("motion", "pose"), (error, turned), self.counted(b))}

@@ -31,14 +31,16 @@ import media
 import toy
 import training
 import vae as vaes
-from landmarks import draw, mouth_opening
+from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, draw, mouth_opening, region_box
 
 PAPER = {"optimiser": "adam", "lr": 1e-4, "betas": (.9, .999), "schedule": "inverse_sqrt",
          "batch": 16, "frames": (125, 250), "warmup": 8000}
 RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
-                   "batch": 16, "frames": (64, 96), "warmup": 200},
+                   "batch": 8, "frames": (64, 96), "warmup": 200},
            "small": PAPER, "base": PAPER, "large": PAPER}
-FIRST_CLIPS, CLIP_SECONDS = 48, 4.8
+# how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
+REGIONS, REGION_SHARE = (EYE_LEFT, EYE_RIGHT, MOUTH), .5
+FIRST_CLIPS, CLIPS_A_STEP, CLIP_SECONDS = 48, .15, 4.8
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
@@ -96,6 +98,15 @@ def encode_motion(vae, landmarks, device):
     return torch.cat(made)
 
 
+def region_weights(landmarks, config):
+    """How much each place of z^m counts. (N, 70, 2) -> (N, 1, h_m, w_m)"""
+    boxes = np.stack([region_box(landmarks, region) for region in REGIONS], 1)      # (N, R, 4) px
+    cells = (boxes + .5) / config.motion_factor - .5 + (-.5, -.5, .5, .5)           # all they touch
+    shares = torch.full((len(REGIONS),), REGION_SHARE)
+    return vaes.weight_map(torch.tensor(cells, dtype=torch.float32), shares,
+                           config.size // config.motion_factor)
+
+
 class Motions:
     """Encoded clips: motion (N, 3, h, w) in fp16, pose (N, 3), speech (N, d_s). `mean` and `std` of
     the latents, per channel, come from the first clips and stay."""
@@ -127,6 +138,7 @@ class Motions:
         kept = slice(first, first + n)
         i = int(rng.integers(longest))
         return {"motion": self.normalise(item["motion"][kept]),
+                "weight": region_weights(item["landmarks"][kept], self.vae.config),
                 "reference": self.normalise(item["motion"][i]),
                 "pose": torch.tensor(item["pose"][kept]),
                 "reference_pose": torch.tensor(item["pose"][i]),
@@ -260,7 +272,8 @@ def main(argv=None):
     make = functools.partial(data.toy_motion, seed=args.seed, seconds=CLIP_SECONDS,
                              size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
     source = Clips(args.data, vae.config.size, args.speech, args.wav2vec2) if args.data else \
-        data.GrowingPool(make, min(FIRST_CLIPS, args.clips), .4, args.clips, args.workers)
+        data.GrowingPool(make, min(FIRST_CLIPS, args.clips), CLIPS_A_STEP, args.clips,
+                         args.workers)
     motions = Motions(source, vae, device, held.get("mean"), held.get("std"))
     share = range(args.batch * processes.rank // processes.world,
                   args.batch * (processes.rank + 1) // processes.world)

@@ -169,10 +169,13 @@ def orthogonalise(matrix, steps=5):
     a, b, c = 3.4445, -4.7750, 2.0315     # a quintic that pulls singular values to about 1
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
-    gram, p = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps):
-        now = p @ gram @ p                          # the Gram matrix of the current iterate p x
-        p = a * p + (b * now + c * now @ now) @ p
+    gram = x @ x.T                                  # of the current iterate p x
+    for k in range(steps):
+        q = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        q.diagonal().add_(a)                        # q = a I + b G + c G^2
+        p = q @ p if k else q
+        if k < steps - 1:
+            gram = q @ gram @ q
     x = p @ x
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
