@@ -184,7 +184,7 @@ def score_self(plan, clips, models, finder, floor):
 
 
 def draw_sheet(path, clips, models, count=32):
-    """A picture of held-out identities: portrait, result, truth, of the frame that turns furthest."""
+    """Held-out identities: portrait, result, truth, at the frame that turns furthest."""
     shown = []
     for clip, frames in clips[:count]:
         k = int(np.abs(clip.pose - clip.pose[0]).sum(1).argmax())
