@@ -95,7 +95,8 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x) + self.position).flatten(2).mT             # (B, h w, 3C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, h w, .)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, h w, C)
-        return x + self.out(y.mT.unflatten(2, x.shape[2:]))
+        y = y.mT.unflatten(2, x.shape[2:]).contiguous(memory_format=torch.channels_last)
+        return x + self.out(y)
 
 
 def blocks(channels, count):
