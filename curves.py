@@ -1,10 +1,11 @@
 """What a training run writes down, log.csv, and its picture, curve.png.
 
-    python curves.py runs --out results/toy_curves.csv     thins the logs of a `make train` folder
+    python curves.py runs                                  how far each run of `make train` came
+    python curves.py runs --out results/toy_curves.csv     the same, and its logs in one thin file
 
-One row a step: `step`, `minutes`, and what the loop measures. A file made by the command above
-holds several runs, told apart by its column `run`; `--compare` of the training scripts draws it in
-grey under a run of one's own.
+One row a step: `step`, `minutes`, and what the loop measures. A thin file holds several runs, told
+apart by its column `run`; `--compare` of the training scripts draws it in grey under a run of one's
+own, and the first command reads it too.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import media
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#66a182", "#8d5a97", "#444444")
 PALE = "#b8b8b8"
-RUNS = ("detector", "vae", "diffusion")
+RUNS = {"detector": "unseen", "vae": "unseen", "diffusion": "lip_r"}   # and what unseen heads show
 
 
 class Log:
@@ -154,20 +155,37 @@ def thin(rows, count=200):
     return kept
 
 
+def show(run, rows, shares=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)):
+    """What to expect when: the loss, and the last measurement on unseen heads."""
+    for share in shares:
+        so_far = [r for r in rows if r["minutes"] <= share * rows[-1]["minutes"]]
+
+        def last(name):
+            known = [r[name] for r in so_far if math.isfinite(r.get(name, math.nan))]
+            return known[-1] if known else math.nan
+        step, minutes, loss, measured = map(last, ("step", "minutes", "loss", RUNS[run]))
+        print(f"{run:10} step {step:6.0f}  {minutes:5.1f} min  loss {loss:7.3f}  {RUNS[run]} "
+              f"{measured:.3f}")
+
+
 def main(argv=None):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("folder", help="a `make train` folder: detector, vae and diffusion in it")
-    p.add_argument("--out", default="toy_curves.csv", help="file to write")
+    p.add_argument("path", help="a `make train` folder, or a thin file")
+    p.add_argument("--out", help="thin file to write")
     args = p.parse_args(argv)
-    rows, columns = [], {"run": None, "step": None, "minutes": None}
+    thinned, columns = [], {"run": None, "step": None, "minutes": None}
     for run in RUNS:
-        for row in thin(read_log(Path(args.folder) / run / "log.csv")):
-            rows.append(row | {"run": run})
+        path = Path(args.path)
+        rows = read_log(path / run / "log.csv") if path.is_dir() else read_log(path, run)
+        if rows:
+            show(run, rows)
+        for row in thin(rows):
+            thinned.append(row | {"run": run})
             columns |= dict.fromkeys(row)
-    if not rows:
-        raise media.UserError(f"{args.folder}: no log.csv in {', '.join(RUNS)}; train first")
-    write_rows(args.out, list(columns), rows)
-    print(args.out)
+    if not thinned:
+        raise media.UserError(f"{args.path}: no log.csv in {', '.join(RUNS)}; train first")
+    if args.out:
+        write_rows(args.out, list(columns), thinned)
 
 
 if __name__ == "__main__":

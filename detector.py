@@ -41,7 +41,7 @@ NOTE = "the shipped weights were trained on drawings, not photographs"
 SHIPPED = Path(__file__).parent / "checkpoints" / "toy" / "detector.pt"
 LARGEST = 2048                  # longer sides are shrunk by a whole factor before looking
 SMALLEST = 32                   # a picture with a shorter side holds no face
-MOST_WINDOWS = 40
+MOST_WINDOWS = 40               # places where a face is looked for
 CUT = .03                       # of the crop's side: how far points may lie outside a picture
 
 
@@ -396,8 +396,8 @@ def main(argv=None):
         return float(point_error(found, truth).mean()), float((sure > SURE).mean())
 
     # ---- the loop ----
-    bar = tqdm(total=100, desc="detector", bar_format="{desc} {n:.1f}% |{bar}| {elapsed} {postfix}")
-    with training.stop_on_signals() as stop, contextlib.closing(log), contextlib.closing(batches):
+    with training.progress("detector") as bar, training.stop_on_signals() as stop, \
+            contextlib.closing(log), contextlib.closing(batches):
         while (share := budget.share(step)) < 1 and not stop:
             terms = {}
             if step and step % args.every == 0:
@@ -423,9 +423,8 @@ def main(argv=None):
             log.write(args.batch, step=step, minutes=budget.spent(), loss=loss.item(), px=px.item(),
                       heat=heat.item(), sure=sure.item(), **terms)
             step += 1
-            bar.n = round(100 * budget.share(step), 1)
-            bar.set_postfix_str(f"step {step}, {px.item():.2f} px")
-        bar.close()
+            bar.set_postfix_str(f"step {step}, {px.item():.2f} px", refresh=False)
+            bar.update(100 * budget.share(step) - bar.n)
         error, certain = report()
     print(f"detector_px {error:.3f}   sure of {100 * certain:.0f} % of held-out heads   "
           f"{step} steps, {budget.spent():.1f} min   {shipped}")

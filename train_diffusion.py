@@ -14,6 +14,7 @@ Departures from the paper: sub-sequences of the `toy` preset are shorter than it
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import time
 from dataclasses import asdict
@@ -314,9 +315,9 @@ def main(argv=None):
                    f"{log.pace('frames')}")
 
     # ---- the loop ----
-    bar = tqdm(total=100, desc="motion", disable=not processes.leads, miniters=1,
-               bar_format="{desc} {n:.1f}% |{bar}| {elapsed}<{remaining} {postfix}")
-    with training.stop_on_signals() as stop, training.together(processes, last):
+    with training.progress("motion", processes.leads) as bar, training.stop_on_signals() as stop, \
+            contextlib.closing(source), contextlib.closing(batches), \
+            training.together(processes, last):
         while True:
             used, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
             done = used >= 1 or stopping
@@ -363,9 +364,6 @@ def main(argv=None):
                           lr=args.lr * factor, wait=waited, **terms)
                 bar.set_postfix(step=step, loss=f"{terms['loss']:.3f}", refresh=False)
                 bar.update(100 * budget.share(step) - bar.n)
-    bar.close()
-    batches.close()
-    source.close()
     if processes.leads:
         log.close()
         print(out / "motion.pt")

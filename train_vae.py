@@ -8,12 +8,13 @@ The same command again goes on where it stopped. OUT gets last.pt (everything), 
 fp16), log.csv, curve.png and grid.png (portrait, landmark picture, result, truth of unseen heads).
 
 Departures from the paper: the `toy` preset has a recipe of its own (Muon, small batches); regions
-of the face are weighted; beside L1 stands a square;
-the adversary starts in the last quarter, its discriminator a little earlier.
+of the face are weighted; beside L1 stands a square; the adversary starts in the last quarter, its
+discriminator a little earlier.
 """
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -160,9 +161,9 @@ def main(argv=None):
 
     # ---- model, EMA, optimisers ----
     torch.manual_seed(args.seed)
-    kind = {"dtype": precision, "memory_format": torch.channels_last}
-    model = models.VAE(config).to(device, **kind)
-    judge = models.Discriminator(config.width // 2).to(device, **kind)
+    layout = {"dtype": precision, "memory_format": torch.channels_last}
+    model = models.VAE(config).to(device, **layout)
+    judge = models.Discriminator(config.width // 2).to(device, **layout)
     lpips = models.find_lpips(args.lpips)
     if args.lpips and lpips is None:
         raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(models.LPIPS.FILES)}")
@@ -225,18 +226,19 @@ def main(argv=None):
         shadow.load_state_dict(ema.weights)
         x_hat = judged.reconstruct(shadow, device)
         media.write_image(out / "grid.png", judged.grid(x_hat))
-        log.write(0, step=step, minutes=budget.spent(), unseen=judged.psnr(x_hat))
+        unseen = judged.psnr(x_hat)
+        log.write(0, step=step, minutes=budget.spent(), unseen=unseen)
         log.flush()
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6] + ["psnr", "unseen"],
                            args.compare, "vae")
         tqdm.write(f"step {step}: {budget.spent():.1f} min, PSNR on "
                    f"{'its own clip' if args.overfit else 'unseen heads'} "
-                   f"{judged.psnr(x_hat):.2f} dB; {log.pace('pictures')}")
+                   f"{unseen:.2f} dB; {log.pace('pictures')}")
 
     # ---- the loop ----
-    bar = tqdm(total=100, desc="VAE", disable=not processes.leads, miniters=1,
-               bar_format="{desc} {n:.1f}% |{bar}| {elapsed}<{remaining} {postfix}")
-    with training.stop_on_signals() as stop, training.together(processes, last):
+    with training.progress("VAE", processes.leads) as bar, training.stop_on_signals() as stop, \
+            contextlib.closing(dataset), contextlib.closing(batches), \
+            training.together(processes, last):
         while True:
             share, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
             done = share >= 1 or stopping
@@ -316,9 +318,6 @@ def main(argv=None):
                           wait=waited, **terms)
                 bar.set_postfix(step=step, loss=f"{terms['loss']:.3f}", refresh=False)
                 bar.update(100 * budget.share(step) - bar.n)
-    bar.close()
-    batches.close()
-    dataset.close()
     if processes.leads:
         log.close()
         print(out / "vae.pt")

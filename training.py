@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import media
 
@@ -286,6 +287,12 @@ def ahead(make, first, device, depth=3):
             waiting.append(pool.submit(make, step))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def progress(name, shown=True):
+    """A bar of the percents of the budget."""
+    return tqdm(total=100, desc=name, disable=not shown, miniters=1,
+                bar_format="{desc} {n:.1f}% |{bar}| {elapsed}<{remaining} {postfix}")
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class VAEConfig:
 
 PAPER = {"size": 256, "appearance_factor": 8, "motion_factor": 16}
 PRESETS = {
-    "toy": VAEConfig(),
+    "toy": VAEConfig(depth=1),
     "small": VAEConfig(**PAPER, width=128, layers=2),       # B.1: 80M parameters
     "base": VAEConfig(**PAPER, width=256, layers=4),        # B.1: 700M
     "large": VAEConfig(**PAPER, width=512, layers=8),       # B.1: 1.7B
@@ -165,8 +165,9 @@ class Decoder(nn.Module):
         self.ups = nn.ModuleList(Up(b, a) for a, b in zip(widths, widths[1:]))
         self.merges = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in widths[:-1])
         self.going_up = nn.ModuleList(blocks(w, c.layers) for w in widths[:-1])
-        for stack in (self.going_down, self.going_up)[:c.depth]:
-            stack[1].append(Attention(widths[1], c.size // factors[1]))
+        for stack in (self.going_down, self.going_up):
+            if len(stack) > 1:
+                stack[1].append(Attention(widths[1], c.size // factors[1]))
         levels, width = [], widths[0]
         while top > 2:                                                   # light levels near the end
             levels += [Up(width, width // 2, kernel=3), ResidualBlock(width // 2)]

@@ -65,6 +65,23 @@ def test_the_logs_of_a_folder_become_one_small_file(tmp_path):
     assert motion[0]["loss"] == pytest.approx(6, abs=.01)
 
 
+def test_what_to_expect_is_printed(tmp_path, capsys):
+    """A folder and its thin file print the loss at shares of the time, and the last measurement."""
+    (tmp_path / "vae").mkdir()
+    log = curves.Log(tmp_path / "vae" / "log.csv", ["loss", "unseen"])
+    for step in range(65):
+        log.write(1, step=step, minutes=float(step), loss=100.0 - step)
+        if step == 15:
+            log.write(0, step=step, minutes=float(step), unseen=21.5)
+    log.close()
+    curves.main([str(tmp_path), "--out", str(tmp_path / "c.csv")])
+    told = capsys.readouterr().out.splitlines()
+    curves.main([str(tmp_path / "c.csv")])
+    assert told == capsys.readouterr().out.splitlines() and len(told) == 6
+    assert told[3].split() == ["vae", "step", "16", "16.0", "min", "loss", "84.000", "unseen", "21.500"]
+    assert told[0].split()[-1] == "nan" and told[5].split()[2] == "64"
+
+
 def test_comparing_with_nothing_is_one_line(tmp_path):
     """A file that is missing, empty, or of another run is named before training starts."""
     (tmp_path / "empty.csv").write_text("")

@@ -214,6 +214,18 @@ def test_the_table_of_samplers(monkeypatch):
     assert rows["dpmpp_2m", 8]["distance"] < rows["dpmpp_2m", 1]["distance"]
 
 
+def test_the_sheet_of_identities(tmp_path):
+    """Portrait, result and truth side by side; the result lies nearer to the truth than the portrait."""
+    models, clips = sample.load_models(SHIPPED, "cpu"), [evaluate.held_out(k) for k in (100, 101)]
+    evaluate.draw_sheet(tmp_path / "sheet.png", clips, models)
+    sheet = media.read_image(tmp_path / "sheet.png")
+    assert sheet.shape == (128, 12 * 128, 3)
+    for k, (_, frames) in enumerate(clips):
+        portrait, made, true = np.split(sheet[:, 384 * k:384 * (k + 1)], 3, 1)
+        assert (portrait == frames[0]).all() and (frames == true).all((1, 2, 3)).any()
+        assert evaluate.psnr(made, true) > evaluate.psnr(portrait, true) + 3
+
+
 def test_scores_of_known_numbers():
     """psnr, Pearson, blinks and the bootstrap of evaluate.py on cases worked out by hand."""
     a = np.zeros((2, 8, 8, 3), np.uint8)

@@ -3,6 +3,7 @@
 Small models, eight steps on one thread a process; the VAE's last two are with its adversary.
 """
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -39,6 +40,9 @@ def rate_factor(schedule, step, *rest):
     return real(schedule, step, *rest)
 training.rate_factor = rate_factor
 """
+# a learning rate beyond all bounds from step 4 on
+EXPLODE = "training.rate_factor = lambda schedule, step, *rest: 1e30 if step > 3 else 1"
+FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
 FINE = ["--dtype", "fp64", "--warmup", "2"]
 FLAGS = {"vae": ["--identities", "3", "--frames", "3", *FINE],
          "diffusion": ["--vae", training.SHIPPED / "vae.pt", "--clips", "3", *FINE],
@@ -46,8 +50,9 @@ FLAGS = {"vae": ["--identities", "3", "--frames", "3", *FINE],
 STEPS = ["--steps", "8"]
 
 
-def train(script, out, *flags, world=1, prepare="", expect=(0,)):
-    """Run a loop on `world` processes; `expect` are their exit statuses. Returns their stderr."""
+def train(script, out, *flags, world=1, prepare="", expect=(0,), torchrun=False):
+    """Run a loop on `world` processes, started here or by torchrun; `expect` are the exit statuses.
+    Returns what each wrote to stderr."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -55,13 +60,16 @@ def train(script, out, *flags, world=1, prepare="", expect=(0,)):
              "--device", "cpu", "--batch", "6", "--every", "2", *flags]
     settings = {"WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
                 "PREPARE": prepare}
+    if torchrun:
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world,
+                 "--master_port", port, "--no-python", *words]
     started = []
-    for rank in range(world):
+    for rank in range(1 if torchrun else world):
         env = os.environ | {k: str(v) for k, v in (settings | {"RANK": rank}).items()}
         started.append(subprocess.Popen([str(w) for w in words], cwd=ROOT, env=env, text=True,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     told = [process.communicate(timeout=240)[1] for process in started]
-    assert tuple(p.returncode for p in started) == tuple(expect) * (world // len(expect)), told
+    assert [p.returncode for p in started] == list(expect) * (len(started) // len(expect)), told
     return told
 
 
@@ -94,11 +102,24 @@ def whole(tmp_path_factory):
     return of
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """(script, folder) -> the folder now holds a run that SIGTERM stopped in its third step."""
+    made = {}
+
+    def into(script, folder):
+        if script not in made:
+            made[script] = tmp_path_factory.mktemp("stopped") / script
+            train(script, made[script], *STEPS, prepare=SIGNAL.format(step=2, rank=0, name="SIGTERM"))
+        shutil.copytree(made[script], folder, dirs_exist_ok=True)
+        assert training.load(folder / "last.pt")["step"] == 3
+    return into
+
+
 @pytest.mark.parametrize("script", LOOPS)
-def test_a_run_that_was_stopped_or_killed_equals_one_that_was_not(script, whole, tmp_path):
+def test_a_run_that_was_stopped_or_killed_equals_one_that_was_not(script, whole, stopped, tmp_path):
     """Bit for bit: SIGTERM in step 2 (saves), kill -9 in step 7 (goes back to step 6), then the end."""
-    train(script, tmp_path, *STEPS, prepare=SIGNAL.format(step=2, rank=0, name="SIGTERM"))
-    assert training.load(tmp_path / "last.pt")["step"] == 3
+    stopped(script, tmp_path)
     train(script, tmp_path, *STEPS, prepare=SIGNAL.format(step=7, rank=0, name="SIGKILL"), expect=[-9])
     assert training.load(tmp_path / "last.pt")["step"] == 6
     train(script, tmp_path, *STEPS)
@@ -108,8 +129,8 @@ def test_a_run_that_was_stopped_or_killed_equals_one_that_was_not(script, whole,
 @pytest.mark.parametrize("script", ["vae", "diffusion"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_equal_one(script, world, whole, tmp_path):
-    """Two and three processes do what one does: losses and weights within 1e-9."""
-    train(script, tmp_path, *STEPS, world=world)
+    """Two (by torchrun) and three processes do what one does: losses, weights within 1e-9."""
+    train(script, tmp_path, *STEPS, world=world, torchrun=world == 2)
     assert max(apart(whole(script), tmp_path)) < 1e-9
 
 
@@ -146,24 +167,22 @@ def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(whole, tmp_
 
 
 @pytest.mark.parametrize("script", LOOPS)
-def test_a_full_disk_keeps_the_last_checkpoint(script, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(script, stopped, tmp_path):
     """When files cannot grow past 100 kB, the run ends in one line and last.pt stays what it was."""
-    train(script, tmp_path, *STEPS, prepare=SIGNAL.format(step=1, rank=0, name="SIGTERM"))
+    stopped(script, tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
-    told, = train(script, tmp_path, *STEPS, expect=[2],
-                  prepare="resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))")
+    told, = train(script, tmp_path, *STEPS, expect=[2], prepare=FULL)
     assert told.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'last.pt'}")
     assert "Traceback" not in told and (tmp_path / "last.pt").read_bytes() == before
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("script", LOOPS)
-def test_a_loss_that_is_not_a_number_is_not_saved(script, tmp_path):
-    """A learning rate of 1e300 ends in a message; the checkpoint before it is kept, and goes on."""
-    train(script, tmp_path, *STEPS, prepare=SIGNAL.format(step=1, rank=0, name="SIGTERM"))
-    before = (tmp_path / "last.pt").read_bytes()
-    told, = train(script, tmp_path, *STEPS, "--lr", "1e300", expect=[2])
-    assert "not a number" in told.strip().splitlines()[-1]
-    assert (tmp_path / "last.pt").read_bytes() == before
-    train(script, tmp_path, *STEPS)
-    assert len(losses_of(tmp_path)) == 8
+def test_a_loss_that_is_not_a_number_is_not_saved(script, stopped, tmp_path):
+    """A learning rate beyond all bounds in step 4 ends in a message in step 5; step 4 stays saved."""
+    stopped(script, tmp_path)
+    told, = train(script, tmp_path, *STEPS, prepare=EXPLODE, expect=[2])
+    line = told.strip().splitlines()[-1]
+    assert line.startswith("error: step 5: ") and "not a number" in line, told
+    held = training.load(tmp_path / "last.pt")
+    assert held["step"] == 4 and all(v.isfinite().all() for v in held["model"].values())

@@ -179,7 +179,7 @@ def test_presets_are_built_and_counted():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in vae.VAE(c).parameters())
                   for name, c in vae.PRESETS.items()}
-    assert counts == {"toy": 5_737_752, "small": 60_318_232, "base": 433_837_080,
+    assert counts == {"toy": 2_226_840, "small": 60_318_232, "base": 433_837_080,
                       "large": 3_281_250_328}
 
 
