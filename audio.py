@@ -31,10 +31,8 @@ def frames_of(samples):
 
 
 def speech_features(wave, kind="mel", weights=None):
-    """Features of a sound: (T,) float32 -> (N, FEATURES[kind]) float32.
-
-    `weights` is a local file for wav2vec 2.0; without it torch hub's cache is searched.
-    """
+    """Features of a sound: (T,) float32 -> (N, FEATURES[kind]) float32. `weights` is a local file
+    for wav2vec 2.0; without it torch hub's cache is searched."""
     if kind == "mel":
         return log_mel(wave)
     if kind == "wav2vec2":
@@ -46,9 +44,7 @@ def speech_features(wave, kind="mel", weights=None):
 
 def log_mel(wave):
     """80 log-mel bands at 100 Hz, four neighbours stacked: (T,) -> (N, 320), about -1..1.5.
-
-    Spectrum j is centred on samples [160 j, 160 (j + 1)). Levels are absolute: silence is -1.
-    """
+    Spectrum j is centred on samples [160 j, 160 (j + 1)). Levels are absolute: silence is -1."""
     wave = torch.as_tensor(wave, dtype=torch.float32)
     n = frames_of(len(wave))
     before = (WINDOW - STEP) // 2
@@ -75,9 +71,7 @@ def mel_filters(low=50.0, high=7600.0):
 
 def wav2vec2(wave, model):
     """The last layer of wav2vec 2.0, brought from 50 Hz to the video's frames: (T,) -> (N, d).
-
-    Long sound is heard in chunks with two seconds of context on both sides, so memory stays flat.
-    """
+    Long sound is heard in chunks with two seconds of context on both sides: memory stays flat."""
     wave = torch.as_tensor(wave, dtype=torch.float32)
     made = []
     for first in range(0, max(len(wave), 1), CHUNK):
@@ -119,26 +113,25 @@ def load_wav2vec2(weights=None):
 
 def _sizes(state):
     """Arguments of torchaudio's `wav2vec2_model` for a state dict in its layout."""
+    def count(prefix):
+        return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
     extractor = "feature_extractor.conv_layers."
-    count = 1 + max(int(k[len(extractor):].split(".")[0]) for k in state if k.startswith(extractor))
-    convs = [state[f"{extractor}{k}.conv.weight"] for k in range(count)]
-    strides = [5] + [2] * (count - 1)
-    layers = 1 + max(int(k.split("layers.")[1].split(".")[0]) for k in state
-                     if k.startswith("encoder.transformer.layers."))
+    convs = [state[f"{extractor}{k}.conv.weight"] for k in range(count(extractor))]
+    strides = [5] + [2] * (len(convs) - 1)
     width = state["encoder.feature_projection.projection.weight"].shape[0]
     position = state["encoder.transformer.pos_conv_embed.conv.weight_v"] \
         if "encoder.transformer.pos_conv_embed.conv.weight_v" in state else \
         state["encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original1"]
     hidden = state["encoder.transformer.layers.0.feed_forward.intermediate_dense.weight"].shape[0]
     return {
-        "extractor_mode": "group_norm",
+        "extractor_mode": "group_norm", "aux_num_out": None,
         "extractor_conv_layer_config":
             [(c.shape[0], c.shape[2], stride) for c, stride in zip(convs, strides)],
         "extractor_conv_bias": f"{extractor}0.conv.bias" in state,
         "encoder_embed_dim": width, "encoder_projection_dropout": 0.0,
         "encoder_pos_conv_kernel": position.shape[2],
         "encoder_pos_conv_groups": width // position.shape[1],
-        "encoder_num_layers": layers, "encoder_num_heads": max(1, width // 64),
-        "encoder_attention_dropout": 0.0, "encoder_ff_interm_features": hidden,
-        "encoder_ff_interm_dropout": 0.0, "encoder_dropout": 0.0,
-        "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0, "aux_num_out": None}
+        "encoder_num_layers": count("encoder.transformer.layers."),
+        "encoder_num_heads": max(1, width // 64), "encoder_attention_dropout": 0.0,
+        "encoder_ff_interm_features": hidden, "encoder_ff_interm_dropout": 0.0,
+        "encoder_dropout": 0.0, "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0}

@@ -1,7 +1,8 @@
 """The Conformer backbone of the diffusion model, with its three conditions (sec. 4.3).
 
-A block (Gulati et al., 2020) is half a feed-forward, self-attention, cross-attention, a convolution
-module, half a feed-forward, LayerNorm. Conditions enter every block as the paper says:
+The block of Gulati et al. (2020) with cross-attention added: half a feed-forward, self-attention,
+cross-attention, a convolution module, half a feed-forward, LayerNorm. Conditions enter every block
+as the paper says:
 
     time      embedded and added to the block's input
     speech    added to the block's hidden features frame by frame
@@ -109,7 +110,7 @@ class Convolution(nn.Module):
 class ConformerBlock(nn.Module):
     """One block with its conditions; see the file's docstring for the order."""
 
-    def __init__(self, width, heads, times=4, kernel=15, token_width=64, dropout=0.0):
+    def __init__(self, width, heads, times, kernel, token_width, dropout):
         super().__init__()
         self.time = nn.Linear(width, width)
         self.speech = nn.Linear(width, width)
@@ -141,11 +142,9 @@ class Conformer(nn.Module):
     -> (B, N, D).
     """
 
-    def __init__(self, layers, width, heads, times=4, kernel=15, token_width=64, dropout=0.0):
+    def __init__(self, layers, *sizes):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            ConformerBlock(width, heads, times, kernel, token_width, dropout)
-            for _ in range(layers))
+        self.blocks = nn.ModuleList(ConformerBlock(*sizes) for _ in range(layers))
 
     def forward(self, x, time, speech, tokens, mask=None):
         for block in self.blocks:

@@ -62,7 +62,7 @@ def read_log(path, run=None):
     """
     if not Path(path).is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:
         rows = [row for row in csv.DictReader(file) if row.get("run", run) == run]
     return [{name: _number(text) for name, text in row.items()} for row in rows]
 

@@ -27,10 +27,9 @@ from landmarks import draw
 from toy import default_workers, executor, in_parallel, training_seed
 
 
-def batch(dataset, seed, step, batch_size, rank=0, world=1):
-    """Examples of a step on one process, stacked: sample k depends on (seed, step, k) alone."""
-    share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
-    examples = [dataset.example(np.random.default_rng((seed, step, k))) for k in share]
+def batch(dataset, seed, step, samples):
+    """Examples of a step, stacked: sample k depends on (seed, step, k) alone."""
+    examples = [dataset.example(np.random.default_rng((seed, step, k))) for k in samples]
     return {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
 
 
@@ -50,9 +49,7 @@ class Frames:
 
     def example(self, rng):
         """Frames i, j of a clip (sec. 4.2): reference, target, x_m (3, H, W), points (70, 2).
-
-        In a few examples i = j: z^a learns to hold what D cannot yet move.
-        """
+        In a few examples i = j: z^a learns to hold what D cannot yet move."""
         who = rng.integers(len(self.pictures))
         i, j = rng.choice(len(self.pictures[who]), 2, replace=False)
         if rng.random() < SAME:
@@ -63,21 +60,13 @@ class Frames:
                 "target": media.to_float(self.pictures[who][j]),
                 "x_m": media.to_float(x_m), "landmarks": torch.from_numpy(points)}
 
-    def one(self):
-        """The first identity alone."""
-        self.grow(0)
-        self.close()
-        return Frames(self.pictures[:1], self.landmarks[:1])
-
     def close(self):
         """End the processes that render, if any."""
 
 
 class ToyFrames(Frames):
-    """Rendered identities in `frames` poses each, made while training goes on.
-
-    Every other head keeps its poses as close as in a clip, the rest turn as far as heads do.
-    """
+    """Rendered identities in `frames` poses each, made while training goes on. Every other head
+    keeps its poses as close as in a clip, the rest turn as far as heads do."""
 
     def __init__(self, seed=0, identities=4000, frames=8, size=128, workers=None, per_step=.8):
         if seed < 0 or identities < 1 or frames < 2:
@@ -108,10 +97,9 @@ class ClipFrames(Frames):
         for path in tqdm(clip_paths(folder), "clips", leave=False):
             held = read_clip(path)
             shown = [k for k in range(0, len(held["landmarks"]), stride) if held["valid"][k]]
-            if len(shown) < 2:
+            frames = [f for k, f in enumerate(media.read_video(path)) if k in shown]
+            if len(frames) < 2:
                 continue
-            wanted = set(shown)
-            frames = [f for k, f in enumerate(media.read_video(path)) if k in wanted]
             pictures.append(np.stack(frames))
             points.append(held["landmarks"][shown[:len(frames)]])
             check_size(path, frames[0], size)
@@ -129,6 +117,16 @@ def check_size(path, frame, size):
 
 # ---- motion, for the diffusion model -------------------------------------------------------------
 
+@torch.no_grad()
+def encode_motion(vae, points, device):
+    """Posterior means of z^m (sec. 4.2). points (N, 70, 2) -> (N, 3, h_m, w_m) on the CPU."""
+    made = []
+    for part in np.array_split(points, max(1, len(points) // 16)):
+        x_m = media.to_float(np.stack([draw(p, vae.config.size) for p in part]))
+        made.append(vae.encode_motion(x_m.to(device))[0].cpu())
+    return torch.cat(made)
+
+
 def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weights=None):
     """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, d_s), as float32 arrays."""
     clip = toy.make_clip(training_seed(seed, k), seconds, size)
@@ -141,22 +139,17 @@ def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weigh
 
 class GrowingPool:
     """Items made by worker processes while training goes on, so that the first step comes early.
-
-    At a step the pool holds `size(step)` = min(limit, first + per_step * step) items, each a
-    function of its number alone: a resumed run makes the same ones again.
-    """
+    At a step the pool holds min(limit, first + per_step * step) items, each a function of its
+    number alone: a resumed run makes the same ones again."""
 
     def __init__(self, make, first, per_step, limit, workers=None):
         self.make, self.first, self.per_step, self.limit = make, first, per_step, limit
         self.workers = default_workers() if workers is None else workers
         self.made, self.pool, self.waiting = 0, None, []
 
-    def size(self, step):
-        return int(min(self.limit, self.first + self.per_step * step))
-
     def grow(self, step, ahead=32):
         """Yield, in order, the items that the pool must gain before this step."""
-        want = self.size(step)
+        want = int(min(self.limit, self.first + self.per_step * step))
         if self.workers and self.pool is None and self.made < self.limit:
             self.pool = executor(self.workers)
         for _ in tqdm(range(self.made, want), "rendering", leave=False,
@@ -183,10 +176,8 @@ class GrowingPool:
 
 def clip_motion(k, paths, size, kind="mel", weights=None):
     """Clip k of a folder in the form of `toy_motion`, up to its first frame that is not valid.
-
-    Speech features of this kind are taken from the clip where it holds them, or made anew.
-    """
-    held, speech = read_clip(paths[k]), None
+    Speech features of this kind are taken from the clip where it holds them, or made anew."""
+    held = read_clip(paths[k])
     check_size(paths[k], next(media.read_video(paths[k])), size)
     if held.get("speech", np.zeros((0, 0))).shape[-1] == audio.FEATURES[kind]:
         speech = held["speech"].astype(np.float32)
@@ -194,6 +185,9 @@ def clip_motion(k, paths, size, kind="mel", weights=None):
         speech = audio.speech_features(media.read_sound(paths[k]), kind, weights).numpy()
     broken = np.flatnonzero(~held["valid"])
     n = min(len(speech), len(held["landmarks"]), *broken[:1])
+    if n < 2:
+        raise media.UserError(f"{paths[k]}: begins with a frame that is not valid; cut it or make "
+                              "it again")
     return {"landmarks": held["landmarks"][:n], "pose": held["pose"][:n], "speech": speech[:n]}
 
 
@@ -202,10 +196,8 @@ def clip_motion(k, paths, size, kind="mel", weights=None):
 def write_clip(path, clip, speech=None, speaker=""):
     """Write a clip in the format above. `path` ends in .mp4; the .npz is written beside it."""
     path = Path(path)
-    size = clip.size
-    with media.VideoWriter(path, size, size, clip.sound, intra=True) as video:
-        for k in range(len(clip)):
-            video.write(clip.frame(k)[None])
+    with media.VideoWriter(path, clip.size, clip.size, clip.sound, intra=True) as video:
+        video.write(clip.frames())
     arrays = {"landmarks": clip.landmarks, "pose": clip.pose, "text": clip.text, "speaker": speaker,
               "valid": np.ones(len(clip), dtype=bool)}
     if speech is not None:
@@ -288,8 +280,7 @@ def main(argv=None):
     _begin(out / "index.json", recipe)
     make = functools.partial(_write_toy, seed=args.seed, seconds=args.seconds, size=args.size,
                              out=out)
-    workers = default_workers() if args.workers is None else args.workers
-    names = in_parallel(make, range(args.clips), workers, "clips")
+    names = in_parallel(make, range(args.clips), args.workers, "clips")
     _write_index(out / "index.json", recipe | {"clips": names})
     print(out)
 

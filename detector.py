@@ -10,8 +10,8 @@ point is the heat's mean place (soft-argmax) plus a small offset read there. It 
 it is that there is a drawn face at all. The same command again goes on where it stopped. OUT gets
 last.pt (everything), detector.pt (the EMA in fp16), log.csv, curve.png and grid.png (found points).
 
-Letters: B batch, K = 70 points, C channels. Departures from the paper: it does not say what its
-tool is; ours knows drawings only, since no photograph is in its training.
+Letters: B batch, K = 70 points, C channels. Departures from the paper: its tool is that of Wood et
+al. (2021); ours knows drawings only, since no photograph is in its training.
 """
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import curves
 import media
+import optim
 import toy
 import training
 from detector_pictures import drawn_points, held_out_frames, make_batch, pool_item
@@ -74,22 +75,21 @@ class Block(nn.Module):
 class Detector(nn.Module):
     """(B, 3, 128, 128) in [-1, 1] -> points (B, 70, 2) in its pixels, confidence logit (B,)."""
 
-    not_hidden = ("heat", "offset", "sure")             # Muon is for the kernels in between
+    adam_only = ("heat", "offset", "sure")             # Muon is for the kernels in between
 
     def __init__(self, config=DetectorConfig()):
         super().__init__()
         self.config = config
         widths, cells = config.widths, config.size // 4
 
-        def stack(level):
-            return nn.Sequential(*(Block(widths[level]) for _ in range(config.blocks[level])))
-        levels = range(len(widths))
+        def stack(width, blocks):
+            return nn.Sequential(*(Block(width) for _ in range(blocks)))
         self.door = nn.Conv2d(48, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(stack(k) for k in levels)
+        self.down = nn.ModuleList(map(stack, widths, config.blocks))
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
                                     for a, b in zip(widths, widths[1:]))
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(stack(k) for k in levels[:-1])
+        self.up = nn.ModuleList(map(stack, widths[:-1], config.blocks))
         self.heat = nn.Conv2d(widths[0], POINTS, 1)
         self.temperature = nn.Parameter(torch.zeros(POINTS, 1))              # log of its inverse
         self.offset = nn.Parameter(torch.zeros(POINTS, 2, widths[0]))
@@ -107,8 +107,7 @@ class Detector(nn.Module):
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
         sure = self.sure(pooled).float()[:, 0]                               # (B,)
         for k in reversed(range(len(self.up))):
-            x = F.interpolate(self.grow[k](x), scale_factor=2.0) + skips[k]
-            x = self.up[k](x)
+            x = self.up[k](F.interpolate(self.grow[k](x), scale_factor=2.0) + skips[k])
         x = F.silu(x)
         heat = self.heat(x).float().flatten(2) * self.temperature.exp()      # (B, K, 32 * 32)
         with torch.autocast(x.device.type, enabled=False):
@@ -154,13 +153,11 @@ def whole(picture):
 def look(model, pictures):
     """One look. (n, 128, 128, 3) uint8 -> points (n, 70, 2) px float32, confidence (n,) in 0..1."""
     device = next(model.parameters()).device
-    points, sure = [], []
-    for part in np.array_split(pictures, max(1, -(-len(pictures) // 64))):
-        x = media.to_float(part).to(device, memory_format=torch.channels_last)
-        p, s = model(x)
-        points.append(p.float().cpu())
-        sure.append(s.sigmoid().cpu())
-    return torch.cat(points).numpy(), torch.cat(sure).numpy()
+    parts = np.array_split(pictures, max(1, -(-len(pictures) // 64)))
+    found = [model(media.to_float(part).to(device, memory_format=torch.channels_last))
+             for part in parts]
+    points, sure = map(torch.cat, zip(*found))
+    return points.float().cpu().numpy(), sure.sigmoid().cpu().numpy()
 
 
 def find_in_crops(model, frames):
@@ -188,10 +185,8 @@ def find_all(model, picture):
     _, sure = look(model, np.stack([cut(picture, box, 128) for box in boxes]))
     found = [find(model, picture, 2, box) for box, s in zip(boxes, sure) if s > .5]
     for points, s in sorted(found, key=lambda face: -np.ptp(face[0], axis=0).prod()):
-        here = points.mean(0)
-        taken = [crop_box(p) for p, _ in faces]
-        if s >= SURE and not any((0 < here - (x, y)).all() and (here - (x, y) < side).all()
-                                 for x, y, side in taken):
+        where = [(points.mean(0) - (x, y)) / side for x, y, side in (crop_box(p) for p, _ in faces)]
+        if s >= SURE and not any((0 < at).all() and (at < 1).all() for at in where):
             faces.append((points, s))
     return [((points + .5) * factor - .5, s) for points, s in faces]
 
@@ -204,22 +199,18 @@ def shrunken(picture):
 
 def find(model, picture, looks=2, box=None):
     """Points (70, 2) in the picture's pixels, and how sure, 0..1. picture (H, W, 3) uint8.
-
     First the whole picture, or a box of it, then the crop that the answer before gives; the last
-    look counts. One face is found; of several, whichever the first look leans to.
-    """
+    look counts. One face is found; of several, whichever the first look leans to."""
     factor, picture = shrunken(picture)
     box = box or whole(picture)
     limit = whole(picture)[2]
     for _ in range(looks):
         points, sure = look(model, cut(picture, box, 128)[None])
-        points = points[0].astype(np.float64) + .5
-        points = np.array(box[:2]) + points * box[2] / 128       # px of the (shrunken) picture
+        points = np.array(box[:2]) + (points[0].astype(np.float64) + .5) * box[2] / 128
         x, y, side = crop_box(points)
         kept = float(np.clip(side, 8, 2 * limit))
         box = x + (side - kept) / 2, y + (side - kept) / 2, kept
-    points = (points + .5) * factor - .5
-    return points.astype(np.float32), float(sure[0])
+    return ((points + .5) * factor - .5).astype(np.float32), float(sure[0])
 
 
 # The index in mediapipe's face mesh (refined, 478 points) of each of the 70. Its jaw is the oval of
@@ -234,14 +225,11 @@ MEDIAPIPE_70 = (
 
 
 def mediapipe_points(picture):
-    """Points (70, 2) px of the largest face, or None, and how many faces there are.
-
-    ImportError where mediapipe is not installed.
-    """
+    """Points (70, 2) px of the largest face, or None, and how many faces there are; ImportError
+    where mediapipe is not installed."""
     os.environ.setdefault("GLOG_minloglevel", "2")
     from mediapipe.python.solutions.face_mesh import FaceMesh
-    factor = -(-max(picture.shape[:2]) // LARGEST)
-    small = np.asarray(Image.fromarray(picture).reduce(factor))
+    factor, small = shrunken(picture)
     with FaceMesh(static_image_mode=True, max_num_faces=4, refine_landmarks=True) as mesh:
         faces = mesh.process(np.ascontiguousarray(small)).multi_face_landmarks
     if not faces:
@@ -275,10 +263,8 @@ def is_drawing(picture, points):
 
 def locate(picture, name, detector="auto", model=None):
     """The 70 points of a user's picture: ours if it is sure, else mediapipe's.
-
     -> points (70, 2) px, and a note for the user or None. UserError where no face is found;
-    `name` is what to call the picture. detector: "auto", "toy" (ours alone) or "mediapipe".
-    """
+    `name` is what to call the picture. detector: "auto", "toy" (ours alone) or "mediapipe"."""
     sure, missing, ours = 0.0, False, None
     height, width = picture.shape[:2]
     if min(height, width) < SMALLEST:
@@ -303,12 +289,11 @@ def locate(picture, name, detector="auto", model=None):
     if sure >= SURE:
         check_inside(name, picture, ours)
         return ours, f"{name}: looks like a photograph; {NOTE}"
-    seen = f"{name}: no face found ({picture.shape[1]}x{picture.shape[0]} pixels"
-    seen += f"; our detector, which knows drawings, is {100 * sure:.0f} % sure)" \
-        if detector != "mediapipe" else ")"
+    doubt = "" if detector == "mediapipe" else \
+        f"; our detector, which knows drawings, is {100 * sure:.0f} % sure"
     advice = "for photographs `pip install -r requirements-real.txt`" if missing else \
         "try --detector auto" if detector == "toy" else "try a picture with one large frontal face"
-    raise media.UserError(f"{seen}; {advice}")
+    raise media.UserError(f"{name}: no face found ({width}x{height} pixels{doubt}); {advice}")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -325,8 +310,7 @@ def loss_terms(model, pictures, points, counts, face):
     target = (-square / (2 * 5.0 ** 2)).softmax(-1)             # a spot of 5 px around the truth
     spot = (-(target * heat.log_softmax(-1)).sum(-1) * counts).sum() / n
     known = face >= 0
-    certain = F.binary_cross_entropy_with_logits(sure[known], face[known])
-    return px, spot, certain
+    return px, spot, F.binary_cross_entropy_with_logits(sure[known], face[known])
 
 
 def arguments(argv):
@@ -354,22 +338,16 @@ def arguments(argv):
 
 
 def main(argv=None):
-    # ---- arguments, model, EMA, optimisers ----
+    # ---- arguments, model, EMA, optimisers; start or go on ----
     args = arguments(argv)
     device = training.pick_device(args.device)
     dtype, out = training.pick_dtype(args.dtype, device), Path(args.out)
     last, shipped = out / "last.pt", out / "detector.pt"
     torch.manual_seed(args.seed)
     model = Detector().to(device, memory_format=torch.channels_last)
-    optimisers = training.make_optimisers(model, "muon", args.lr)
-    ema, step, spent = training.Ema(model), 0, 0.0
-
-    # ---- resume ----
-    if last.exists() and not args.fresh:
-        held = training.load(last, device)
-        training.load_weights(model, held["model"], last)
-        training.load_optimisers(optimisers, held["optimisers"], last)
-        ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
+    optimisers, ema = optim.make_optimisers(model, "muon", args.lr), optim.Ema(model)
+    step, spent, _ = training.resume(last, {"model": model}, optimisers, ema,
+                                     same={"seed": args.seed}, fresh=args.fresh)
 
     # ---- data ----
     seeds = [toy.training_seed(args.seed, k) for k in range(args.identities)]
@@ -391,37 +369,29 @@ def main(argv=None):
         shadow.load_state_dict(ema.weights)
         found, sure = look(shadow, unseen)
         media.write_image(out / "grid.png", drawn_points(unseen[::16], found[::16]))
+        error, certain = float(point_error(found, truth).mean()), float((sure > SURE).mean())
+        log.write(0, step=step, minutes=budget.spent(), unseen=error)
         log.flush()
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:-1])
-        return float(point_error(found, truth).mean()), float((sure > SURE).mean())
+        return error, certain
 
     # ---- the loop ----
     with training.progress("detector") as bar, training.stop_on_signals() as stop, \
             contextlib.closing(log), contextlib.closing(batches):
         while (share := budget.share(step)) < 1 and not stop:
-            terms = {}
             if step and step % args.every == 0:
-                terms["unseen"] = report()[0]
-                tqdm.write(f"step {step}: {terms['unseen']:.2f} px on held-out heads")
+                tqdm.write(f"step {step}: {report()[0]:.2f} px on held-out heads")
             drawn = [x.to(device) for x in next(batches)]
             drawn[0] = drawn[0].contiguous(memory_format=torch.channels_last)
-            terms["lr"] = training.rate_factor("trapezoid", step, share, 50)
-            training.set_rate(optimisers, terms["lr"])
+            factor = optim.rate_factor("trapezoid", step, share, 50)
+            optim.set_rate(optimisers, factor)
             with training.autocast(device, dtype):
                 px, heat, sure = loss_terms(model, *drawn)
             loss = px + .3 * heat + sure
-            for optimiser in optimisers:
-                optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            if not torch.isfinite(norm):
-                raise media.UserError(f"step {step}: the loss is not a number any more; {last} "
-                                      "holds the last good weights; lower --lr")
-            for optimiser in optimisers:
-                optimiser.step()
-            ema.update(model, step)
+            optim.update(model, optimisers, step, last, most=5.0, ema=ema)
             log.write(args.batch, step=step, minutes=budget.spent(), loss=loss.item(), px=px.item(),
-                      heat=heat.item(), sure=sure.item(), **terms)
+                      heat=heat.item(), sure=sure.item(), lr=args.lr * factor)
             step += 1
             bar.set_postfix_str(f"step {step}, {px.item():.2f} px", refresh=False)
             bar.update(100 * budget.share(step) - bar.n)

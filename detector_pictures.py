@@ -21,9 +21,7 @@ from landmarks import visible
 
 def pool_item(seed, size=128):
     """One identity: six heads, four framed roughly as clips are and two far off, and two faceless.
-
-    -> pictures (6, size, size, 3) uint8, points (6, 70, 2) px, faceless (2, size, size, 3).
-    """
+    -> pictures (6, size, size, 3) uint8, points (6, 70, 2) px, faceless (2, size, size, 3)."""
     who, moves = (np.random.default_rng((seed, k)) for k in (0, 5))
     identity, pictures, points = random_identity(who), [], []
     for count, low, high in ((4, .8, 1.3), (2, 1.3, 2.8)):
@@ -40,8 +38,7 @@ def pool_item(seed, size=128):
 def _body(painter):
     """A wall and clothes without a head."""
     canvas = painter.wall.copy()
-    picture, mask, corner = painter.cloth
-    canvas.paste(picture, corner, mask)
+    canvas.paste(*painter.cloth)
     return np.asarray(canvas.resize((painter.size, painter.size), Image.Resampling.BOX))
 
 
@@ -76,10 +73,8 @@ def pink(n, size, key):
 
 
 def faceless(pictures, heads, key):
-    """Pictures with no drawn face: as given, noise, shuffled heads, and heads textured like photos.
-
-    The last keeps an unsure answer for what is not a flat drawing. Two (n, 3, H, W) -> (n, ...).
-    """
+    """Pictures with no drawn face: as given, noise, shuffled heads, and heads textured like photos,
+    which keep an unsure answer for what is not a flat drawing. Two (n, 3, H, W) -> (n, 3, H, W)."""
     n, size = len(pictures), pictures.shape[-1]
     kind = torch.randint(6, (n, 1, 1, 1), generator=key)        # 3, 4 and 5 are textured heads
     noise, light = pink(n, size, key), F.avg_pool2d(pink(n, size, key), 31, 1, 15)
@@ -122,10 +117,8 @@ def augment(pictures, points, key):
 
 def make_batch(pool, seed, step, size):
     """Three quarters heads, one quarter faceless, augmented; keyed by (seed, step).
-
     -> pictures (size, 3, H, W), points (size, 70, 2), counts (size, 70) of points that lie inside
-    and show, face (size,) 1 or 0, and -1 for a head that is mostly outside.
-    """
+    and show, face (size,) 1 or 0, and -1 for a head that is mostly outside."""
     rng, key = np.random.default_rng((seed, step)), training.generator(seed, step)
     drawn = [pool[k] for k in rng.integers(len(pool), size=size)]
     which = rng.integers(len(drawn[0][0]), size=size)

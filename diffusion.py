@@ -9,15 +9,17 @@ of posterior means, normalised per channel; poses are degrees (pitch, yaw, roll)
 Departures from the paper, or choices where it is silent:
 1. beta is linear from 0.1 to 20, as in Song et al. (2021).
 2. The reference is attended to as h w tokens: attention to one repeated vector is a linear map.
-3. Speech and pose are dropped in a share of the training steps: pose may then be left free.
+3. Speech and pose are dropped in a share of the training samples: pose may then be left free.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
 5. The square of eq. 8 has a weight for each place: eyes and lips are small, and blinks come last.
+   Its pose term counts in units of 10 degrees, and both terms are means over frames.
+6. P sees the portrait's pose too and predicts the turn from it.
 """
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -180,10 +182,6 @@ PRESETS = {
 }       # parameters: 3.5M; 52M, 607M, 1.55B (B.1: 180M, 600M, 1.2B, wav2vec 2.0 perhaps counted in)
 
 
-def preset(name, **changes):
-    return replace(PRESETS[name], **changes)
-
-
 class SpeechEncoder(nn.Module):
     """A: features of a fixed extractor, adapted by a few convolutions. (B, N, d_s) -> (B, N, D)."""
 
@@ -198,8 +196,8 @@ class SpeechEncoder(nn.Module):
     def forward(self, speech, mask=None):
         x = self.door(speech)                                                 # (B, N, D)
         for norm, mix, out in zip(self.norms, self.mixes, self.outs):
-            x = x if mask is None else x * mask[..., None]
-            x = x + out(F.silu(mix(norm(x).mT * (1 if mask is None else mask[:, None])).mT))
+            h = norm(x) if mask is None else norm(x) * mask[..., None]
+            x = x + out(F.silu(mix(h.mT).mT))
         return x
 
 
@@ -230,7 +228,7 @@ class PosePredictor(nn.Module):
 class MotionModel(nn.Module):
     """S with A and P."""
 
-    not_hidden = ("door", "out", "position", "speech_encoder.door", "pose_predictor")
+    adam_only = ("door", "out", "position", "speech_encoder.door", "pose_predictor")
 
     def __init__(self, config):
         super().__init__()
@@ -382,8 +380,8 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
     one seed a row of the batch. Yields (B, n, 3, h, w), normalised, until N frames are out.
     """
     assert len(seeds) == len(speech), "one seed a row"
-    c, before = model.config, None
-    tokens = model.tokens(reference)
+    c, tokens = model.config, model.tokens(reference)
+    before = reference.new_zeros(len(reference), 0, *reference.shape[1:])     # the motion so far
     for k, (first, kept, stop, end) in enumerate(windows(speech.shape[1], c)):
         shape = (end - first, c.motion_channels, c.motion_size, c.motion_size)
         keys = [torch.Generator().manual_seed(_key(seed, k)) for seed in seeds]
@@ -392,10 +390,8 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
             drawn = torch.stack([torch.randn(shape, generator=key) for key in keys])
             return drawn.to(speech.device)
         z_1, given = noise(), torch.arange(end - first, device=speech.device) < kept - first
-        prefix = None
-        if before is not None:
-            clean = F.pad(before, (0, 0) * 3 + (0, end - kept))               # (B, n, 3, h, w)
-            prefix = clean, given[None].expand(len(seeds), -1)
+        clean = F.pad(before, (0, 0) * 3 + (0, end - kept))                   # (B, n, 3, h, w)
+        prefix = clean, given[None].expand(len(seeds), -1)
         turned = None if pose is None else pose[:, first:end]
         _, condition = model.condition(speech[:, first:end], turned)
 
@@ -403,8 +399,7 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
             t = t.float().to(z.device).expand(len(z))
             return model.denoise(z, t, condition, tokens, prefix)
         made = solve(denoise, z_1, sampler, steps, sde, noise)[:, kept - first:stop - first]
-        so_far = made if before is None else torch.cat([before, made], 1)
-        before = so_far[:, -c.prefix:]
+        before = torch.cat([before, made], 1)[:, -c.prefix:]
         yield made
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import ImageColor
 
 from landmarks import EYE_LEFT, EYE_RIGHT, MEAN_FACE, NOSE, crop_box, rotation
 
@@ -34,7 +35,8 @@ CLOTHES = ["#e4572e", "#17bebb", "#ffc914", "#76b041", "#2e282a", "#3d5a80", "#9
            "#6d597a", "#b56576", "#355070", "#eaac8b", "#f2f2f0", "#588157", "#a3b18a", "#8d99ae"]
 WALLS = ["#f4d9c6", "#cfe8ef", "#f7e7a9", "#d7e8ba", "#e3d0f0", "#f9c9c3", "#b8d8d8", "#7a9e9f",
          "#4f6d7a", "#c06c84", "#6c5b7b", "#355c7d", "#f67280", "#99b898", "#feceab", "#2a363b"]
-HAIR_STYLES = ("bald", "buzz", "short", "swept", "bob", "long", "curly", "afro", "bun", "mohawk")
+HAIR_STYLES = {"bald": .06, "buzz": .08, "short": .16, "swept": .14, "bob": .14, "long": .14,
+               "curly": .10, "afro": .08, "bun": .07, "mohawk": .03}                    # shares
 HATS = ("beanie", "cap", "straw")
 
 
@@ -66,25 +68,23 @@ SHAPE = ("width", "chin", "square", "eye_gap", "eye_size", "eye_tilt", "brow_hei
 def random_identity(rng, glasses=.25, beard=.2, fringe=.5, hat=.1, patterned=.5):
     """A new face. The shares are those of the frozen held-out mix."""
     def pick(palette):
-        colour = np.array([int(palette[k][i:i + 2], 16) for i in (1, 3, 5)
-                           for k in [chosen[id(palette)]]], dtype=np.float64)
-        return np.clip(colour + rng.normal(0, 6, 3), 0, 255)
-    chosen = {id(p): int(rng.integers(len(p))) for p in (SKINS, HAIRS, EYES, CLOTHES, WALLS)}
-    colours = {"skin": pick(SKINS), "hair": pick(HAIRS), "iris": pick(EYES),
-               "cloth": pick(CLOTHES), "wall": pick(WALLS)}
-    for name, palette in (("cloth2", CLOTHES), ("wall2", WALLS), ("frame", CLOTHES),
-                          ("hat", CLOTHES)):
-        chosen[id(palette)] = int(rng.integers(len(palette)))
-        colours[name] = pick(palette)
-    skin = colours["skin"]
-    lip = mix(skin, (200, 60, 70) if skin.mean() > 110 else (150, 50, 60), rng.uniform(.4, .8))
-    colours["lip"] = lip
+        return palette[rng.integers(len(palette))]
+
+    def vary(colour):
+        return np.clip(ImageColor.getrgb(colour) + rng.normal(0, 6, 3), 0, 255)
+    chosen = {"skin": pick(SKINS), "hair": pick(HAIRS), "iris": pick(EYES),
+              "cloth": pick(CLOTHES), "wall": pick(WALLS)}
+    colours = {name: vary(colour) for name, colour in chosen.items()}
+    for name in ("cloth2", "wall2", "frame", "hat"):
+        colours[name] = vary(pick(WALLS if name == "wall2" else CLOTHES))
+    red = (200, 60, 70) if colours["skin"].mean() > 110 else (150, 50, 60)
+    colours["lip"] = mix(colours["skin"], red, rng.uniform(.4, .8))
     has_pattern = rng.random(2) < 1 - np.sqrt(1 - patterned)
     bearded = rng.random() < beard
     return Identity(
         shape=dict(zip(SHAPE, np.clip(rng.normal(0, .6, len(SHAPE)), -1.2, 1.2).tolist())),
         colours=colours,
-        hair=HAIR_STYLES[rng.choice(len(HAIR_STYLES), p=_HAIR_SHARES)],
+        hair=str(rng.choice(list(HAIR_STYLES), p=list(HAIR_STYLES.values()))),
         fringe=int(rng.integers(1, 4)) if rng.random() < fringe else 0,
         hat=HATS[rng.integers(len(HATS))] if rng.random() < hat else None,
         glasses=int(rng.integers(1, 4)) if rng.random() < glasses else 0,
@@ -94,9 +94,6 @@ def random_identity(rng, glasses=.25, beard=.2, fringe=.5, hat=.1, patterned=.5)
         clothes=int(rng.integers(1, 4)) if has_pattern[0] else 0, collar=int(rng.integers(3)),
         background=int(rng.integers(1, 6)) if has_pattern[1] else 0,
         light=float(rng.uniform(-1, 1)), seed=int(rng.integers(2 ** 31)))
-
-
-_HAIR_SHARES = np.array([6, 8, 16, 14, 14, 14, 10, 8, 7, 3]) / 100
 
 
 def mix(a, b, share):
@@ -135,9 +132,7 @@ def neutral_points(identity):
 
 
 # how far each lip point follows: 0 at the corners, 1 in the middle
-_OUTER = np.array([0, .5, .9, 1, .9, .5, 0, .66, .94, 1, .94, .66])
-_INNER = np.array([0, .75, 1, .75, 0, .84, 1, .84])
-_FOLLOW = np.concatenate([_OUTER, _INNER])
+_FOLLOW = np.array([0, .5, .9, 1, .9, .5, 0, .66, .94, 1, .94, .66, 0, .75, 1, .75, 0, .84, 1, .84])
 _IS_LOWER = np.array([0] * 7 + [1] * 5 + [0] * 5 + [1] * 3, dtype=bool)
 _CORNERS = np.array([1, .45, .1, 0, .1, .45, 1, .35, .1, 0, .1, .35, 1, .3, 0, .3, 1, .3, 0, .3])
 
@@ -147,16 +142,15 @@ def expressive_points(identity, expression):
     e = {name: np.asarray(expression, dtype=np.float64)[:, k, None]
          for k, name in enumerate(EXPRESSION)}
     p = np.repeat(neutral_points(identity)[None], len(expression), 0)
-    lips, middle = p[:, 48:68], p[:, 62, None, 1:2]
+    lips, middle = p[:, 48:68], p[:, 62:63, 1]
     lips[..., 0] *= 1 + .40 * (e["width"] - .5) - .42 * e["round"] + .16 * e["smile"]
     drop = .37 * e["jaw"] * (1 + .25 * e["round"])
     raise_ = (.09 * e["upper"] + .05 * e["jaw"]) * np.clip(e["jaw"] * 6, 0, 1)
     lips[..., 1] += _FOLLOW * np.where(_IS_LOWER, -drop, raise_) - .10 * e["jaw"] * (1 - _FOLLOW)
     lips[..., 1] += .11 * e["smile"] * _CORNERS
     lips[..., 2] += .12 * e["round"] * _FOLLOW
-    lips[:, :12, 1] += .25 * e["round"] * (lips[:, :12, 1] - middle[..., 0]) * .5
-    chin = np.cos(np.linspace(-1, 1, 17) * np.pi / 2) ** 2
-    p[:, :17, 1] -= .30 * e["jaw"] * chin
+    lips[:, :12, 1] += .25 * e["round"] * (lips[:, :12, 1] - middle) * .5
+    p[:, :17, 1] -= .30 * e["jaw"] * np.cos(np.linspace(-1, 1, 17) * np.pi / 2) ** 2
     for brow, name, inner in ((slice(17, 22), "brow_left", [0, .1, .2, .35, .5]),
                               (slice(22, 27), "brow_right", [.5, .35, .2, .1, 0])):
         p[:, brow, 1] += .13 * e[name] + np.where(e[name] < 0, e[name], 0) * .12 * np.array(inner)
@@ -164,19 +158,17 @@ def expressive_points(identity, expression):
     for eye, iris, name in ((36, 68, "lid_left"), (42, 69, "lid_right")):
         lids, low, high = p[:, eye:eye + 6], p[:, [eye + 5, eye + 4]], p[:, [eye + 1, eye + 2]]
         shut = .78 * low[..., 1] + .22 * high[..., 1]                         # (N, 2)
-        for points, at in (((1, 2), shut), ((5, 4), shut)):
-            lids[:, points, 1] = at + (lids[:, points, 1] - at) * e[name] * droop
+        for pair in ((1, 2), (5, 4)):
+            lids[:, pair, 1] = shut + (lids[:, pair, 1] - shut) * e[name] * droop
         p[:, iris, 0] += .105 * e["gaze_x"][:, 0]
         p[:, iris, 1] += .055 * e["gaze_y"][:, 0] - .03 * (1 - e[name][:, 0])
     return p
 
 
 class View:
-    """Where 3-D points fall in a square picture: turned by the pose, scaled, framed.
-
-    pose (N, 3) degrees; shift (N, 2) sways the head, in units. The frame is `crop_box` of the
-    clip's own landmarks, moved and scaled by `jitter` (dx, dy, zoom) as a user's picture would be.
-    """
+    """Where 3-D points fall in a square picture: turned by the pose (N, 3) in degrees, swayed by
+    `shift` (N, 2) in units, and framed by `crop_box` of the clip's own landmarks, moved and scaled
+    by `jitter` (dx, dy, zoom) as a user's picture would be."""
 
     def __init__(self, pose, shift, size, landmarks, jitter=(0, 0, 1)):
         self.turn, self.shift, self.size = rotation(pose), shift[:, None], size
@@ -215,11 +207,8 @@ def smooth(points, per=3, closed=False):
     n = points.shape[-2]
     at = np.arange(n * per if closed else (n - 1) * per + 1) / per
     k, t = at.astype(int), (at % 1)[:, None]
-
-    def take(offset):
-        index = (k + offset) % n if closed else np.clip(k + offset, 0, n - 1)
-        return points[..., index, :]
-    a, b, c, d = take(-1), take(0), take(1), take(2)
+    a, b, c, d = (np.take(points, k + offset, -2, mode="wrap" if closed else "clip")
+                  for offset in (-1, 0, 1, 2))
     return b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
 
 

@@ -68,8 +68,7 @@ def _reason(error):
 
 def to_float(pictures):
     """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 tensor in [-1, 1]."""
-    tensor = torch.tensor(np.asarray(pictures)).float()
-    return tensor.movedim(-1, -3).contiguous() / 127.5 - 1
+    return torch.tensor(np.asarray(pictures)).float().movedim(-1, -3).contiguous() / 127.5 - 1
 
 
 def to_uint8(tensor):
@@ -95,11 +94,8 @@ def _beside(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; rename it on success, delete it on failure.
-
-    Whatever happens, `path` is either the whole new file or what it was before. OSError becomes
-    UserError, naming the file.
-    """
+    """Yield a temporary path beside `path`; rename it on success, delete it on failure: `path` is
+    either the whole new file or what it was before. OSError becomes UserError, naming the file."""
     path = Path(path)
     temporary = _beside(path)
     try:
@@ -128,9 +124,7 @@ def write_sound(path, sound, rate=RATE):
         raise UserError(f"{path}: sound is written as .wav; give it that ending")
     samples = (np.clip(sound, -1, 1) * 32767).round().astype("<i2")
     with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
+        file.setparams((1, 2, rate, 0, "NONE", ""))                      # mono, two bytes a sample
         file.writeframes(samples.tobytes())
 
 
@@ -150,11 +144,9 @@ def check_file(path):
 
 
 def read_image(path):
-    """Any picture Pillow opens, turned as its EXIF says -> (H, W, 3) uint8.
-
-    What is transparent becomes white. Of a video the first frame is taken, with a note. UserError
-    for what is not a picture, is cut short, or has over 100 megapixels.
-    """
+    """Any picture Pillow opens, turned as its EXIF says, or a video's first frame, with a note.
+    -> (H, W, 3) uint8; what is transparent becomes white. UserError for what is not a picture, is
+    cut short, or has over 100 megapixels."""
     check_file(path)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None             # ours is below
     try:
@@ -242,9 +234,7 @@ def _decoded(path, container, stream):
 
 def read_sound(path, rate=RATE):
     """Any sound that PyAV opens, or a video's -> (T,) float32 mono, aligned with its pictures.
-
-    UserError for no sound, for less than 0.2 s, and for samples that are not numbers.
-    """
+    UserError for no sound, for less than 0.2 s, and for samples that are not numbers."""
     with _opened(path, "audio") as (container, stream):
         sound, start = _resampled(_decoded(path, container, stream), stream, rate)
         late = start - _start_of_pictures(container, start)
@@ -282,23 +272,18 @@ def _resampled(frames, stream, rate):
 
 def _start_of_pictures(container, otherwise):
     """When a container's video begins, in seconds."""
-    for stream in container.streams.video:
-        if not _is_cover(stream) and stream.start_time is not None:
-            return float(stream.start_time * stream.time_base)
-    return otherwise
+    return next((float(s.start_time * s.time_base) for s in container.streams.video
+                 if not _is_cover(s) and s.start_time is not None), otherwise)
 
 
 def read_video(path):
-    """Frames of a video at exactly 25 a second, one at a time: (H, W, 3) uint8.
-
-    Frame k is what a player shows in the middle of [k / 25, (k + 1) / 25); there are
-    round(25 seconds) of them, whatever the source's own rate.
-    """
+    """Frames of a video at exactly 25 a second, one at a time: (H, W, 3) uint8. Frame k is what a
+    player shows in the middle of [k / 25, (k + 1) / 25); there are round(25 seconds) of them,
+    whatever the source's own rate."""
     with _opened(path, "video") as (container, stream):
         stream.thread_type = "AUTO"
         frames = _decoded(path, container, stream)
-        for frame in _at_25(frames, float(stream.average_rate or FPS)):
-            yield _upright(frame)
+        yield from map(_upright, _at_25(frames, float(stream.average_rate or FPS)))
 
 
 def _at_25(frames, rate):
@@ -321,9 +306,8 @@ def _at_25(frames, rate):
 
 def _upright(frame):
     """The pixels of a frame, turned as a phone's metadata says."""
-    pixels = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+    turns = round(getattr(frame, "rotation", 0) / 90)
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 
 
 # ---- video, written ------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from faces import (IRIS, SCALE, SKULL, SKULL_CENTRE, View, expressive_points, mi
 class Painter:
     """Draws one identity in N poses and expressions. `landmarks` (N, 70, 2): small picture's px."""
 
-    def __init__(self, identity, pose, expression, shift, size=128, jitter=(0, 0, 1),
-                 mask=False):
+    def __init__(self, identity, pose, expression, shift, size=128, jitter=(0, 0, 1), mask=False):
         self.identity, self.size = identity, size
         points = expressive_points(identity, expression)                     # (N, 70, 3)
         self.view = View(pose, shift, size * SCALE, points, jitter)
@@ -40,8 +39,7 @@ class Painter:
         ramp = np.linspace(0, 1, size)[:, None] * np.ones((1, size))
         if rng.random() < .5:
             ramp = (ramp + np.linspace(0, rng.uniform(-1, 1), size)[None]) / 2
-        picture = mix(top, low, np.clip(ramp, 0, 1)[..., None])
-        image = Image.fromarray(picture.astype(np.uint8))
+        image = Image.fromarray(mix(top, low, np.clip(ramp, 0, 1)[..., None]).astype(np.uint8))
         pen, tone = ImageDraw.Draw(image), rgb(mix(low, (255, 255, 255), .22))
         step = size * rng.uniform(.13, .22)
         lines = np.arange(0, size + step, step)
@@ -60,13 +58,12 @@ class Painter:
             for k, share in enumerate((.2, .45)):
                 wave = np.sin(x / size * rng.uniform(4, 9) + 6 * rng.random())
                 y = size * (.55 + .17 * k) + size * .07 * wave
-                pen.polygon([*np.stack([x, y], 1).ravel().tolist(), size, size, 0, size],
+                pen.polygon([*_flat(np.stack([x, y], 1)), size, size, 0, size],
                             rgb(mix(low, i.colours["cloth2"], share)))
         elif i.background == 4:
             x, w = size * rng.uniform(-.05, .6), size * rng.uniform(.3, .45)
-            pen.rectangle([x, size * .07, x + w, size * .62], rgb(mix(top, (255, 255, 255), .55)))
-            bar = rgb(mix(low, (60, 40, 30), .4))
-            pen.rectangle([x, size * .07, x + w, size * .62], outline=bar, width=round(size * .018))
+            pane, bar = rgb(mix(top, (255, 255, 255), .55)), rgb(mix(low, (60, 40, 30), .4))
+            pen.rectangle([x, size * .07, x + w, size * .62], pane, bar, round(size * .018))
             pen.line([x + w / 2, size * .07, x + w / 2, size * .62], bar, round(size * .014))
             pen.line([x, size * .33, x + w, size * .33], bar, round(size * .014))
         elif i.background == 5:
@@ -76,7 +73,7 @@ class Painter:
         return image
 
     def _cloth(self):
-        """Shoulders and clothes, which do not move: (picture, mask, corner), cropped."""
+        """Shoulders and clothes, which do not move: (picture, corner, mask), cropped."""
         i, size = self.identity, self.size * SCALE
         width, neck = 1.75 + .18 * i.shape["width"], .46 + .07 * i.shape["neck"]
         side = smooth(np.array([(neck, -1.32), (neck + .2, -1.45), (width * .75, -1.62),
@@ -107,7 +104,7 @@ class Painter:
                 pen.ellipse(_around(self.view.still([(0, y)])[0], self.unit * .035), edge)
         top = min(max(int(min(outline[:, 1].min(), dip[:, 1].min())) - 1, 0), size - 1)
         box = (0, top, size, size)
-        return picture.crop(box), mask.crop(box), (0, top)
+        return picture.crop(box), (0, top), mask.crop(box)
 
     # ---- geometry of all frames ------------------------------------------------------------------
 
@@ -121,18 +118,16 @@ class Painter:
                         (1.1, -.16, -.42), (1.03, -.22, -.38), (.97, -.1, -.36)])
         ear *= (1 + .05 * s["width"], 1, 1)
         ear[:, :2] = (1, .02) + (ear[:, :2] - (1, .02)) * (1 + .25 * s["ears"])
-        for name, flip in (("left", -1), ("right", 1)):
+        for name, flip, brow, eye, iris in (("left", -1, 17, 36, 68), ("right", 1, 22, 42, 69)):
             shapes["ear_" + name] = smooth(v.pixels(ear * (flip, 1, 1)), closed=True)
-            shapes["earring_" + name] = v.pixels(np.array([(flip * 1.05, -.3, -.38)]))
-            shapes["blush_" + name] = v.pixels(np.array([(flip * .6, -.30, .1)]))
+            shapes["earring_" + name] = v.pixels([(flip * 1.05, -.3, -.38)])
+            shapes["blush_" + name] = v.pixels([(flip * .6, -.30, .1)])
+            shapes["brow_" + name] = self._brow(p[:, brow:brow + 5], flip)
+            parts = self._eye(p[:, eye:eye + 6], p[:, iris], flip)
+            shapes |= {f"{k}_{name}": x for k, x in parts.items()}
         shapes |= self._neck(p) | self._hair(skull) | self._wears(p)
-        shapes["lips"], shapes["inner"] = smooth(p[:, 48:60], closed=True), p[:, 60:68]
-        shapes["nose"] = p[:, 27:36]
-        for name, first, iris in (("left", 36, 68), ("right", 42, 69)):
-            eye = self._eye(p[:, first:first + 6], p[:, iris], iris)
-            shapes |= {f"{k}_{name}": x for k, x in eye.items()}
-        for name, brow in (("left", slice(17, 22)), ("right", slice(22, 27))):
-            shapes["brow_" + name] = self._brow(p[:, brow], 1 if name == "left" else -1)
+        shapes |= {"lips": smooth(p[:, 48:60], closed=True), "inner": p[:, 60:68],
+                   "seam": p[:, 60:65], "nose": p[:, 27:36], "nostrils": smooth(p[:, 31:36])}
         rng = np.random.default_rng(i.seed + 1)
         x = rng.uniform(-.75, .75, i.freckles)
         shapes["freckles"] = v.pixels(on_skull(x, rng.uniform(-.32, -.08, i.freckles)))
@@ -140,9 +135,9 @@ class Painter:
 
     def _neck(self, p):
         width = .47 + .07 * self.identity.shape["neck"]
-        top = self.view.pixels(np.array([(-width, -.6, -.45), (width, -.6, -.45)]))
+        top = self.view.pixels([(-width, -.6, -.45), (width, -.6, -.45)])
         low = np.repeat(self.view.still([(width, -1.75), (-width, -1.75)])[None], len(top), 0)
-        chin = p[:, 5:12] + np.array([0, self.unit * .15])
+        chin = p[:, 5:12] + (0, self.unit * .15)
         return {"neck": np.concatenate([top, low], 1),
                 "neck_shade": np.concatenate([top, chin[:, ::-1]], 1)}
 
@@ -170,9 +165,8 @@ class Painter:
                            SKULL * (lift * (1 + .05 * i.shape["width"]), lift, lift))
         shapes = {"hair": np.concatenate([line, dome[:, 1:24]], 1),
                   "gloss": dome[:, 7:18] * .93 + .07 * skull.mean(1, keepdims=True)}
-        long_ = {"bob": (1.16, -.75), "long": (1.18, -1.75)}.get(i.hair)
-        if long_:
-            x, y = long_
+        if i.hair in ("bob", "long"):
+            x, y = (1.16, -.75) if i.hair == "bob" else (1.18, -1.75)
             half = np.array([(1.0, .6, -.4), (x, 0, -.45), (x + .04, y * .6, -.45),
                              (x - .04, y, -.4), (x - .4, y - .08, -.4)])
             curtain = smooth(np.concatenate([half * (-1, 1, 1), half[::-1]]))
@@ -184,7 +178,7 @@ class Painter:
             shapes["curls"] = v.pixels(np.stack([
                 far * np.cos(angle) * .93, SKULL_CENTRE[1] + far * 1.03 * np.sin(angle),
                 rng.uniform(-.5, -.2, n)], 1))
-            self.curl = (.20 if i.hair == "curly" else .27) * rng.uniform(.85, 1.15, n) * self.unit
+            self.curl = (.20 if i.hair == "curly" else .27) * rng.uniform(.85, 1.15, n)
         elif i.hair == "bun":
             shapes["bun"] = v.ellipsoid((0, 1.42, -.42), (.36, .33, .36))
         elif i.hair == "mohawk":
@@ -202,33 +196,29 @@ class Painter:
             x, y = (np.sign(c) * np.abs(c) ** corner for c in (np.cos(a), np.sin(a)))
             tilt = .10 * (x + 1) * (y > 0) if i.glasses == 3 else 0
             ring = np.stack([.45 + .33 * x, .12 + .27 * y + tilt, .40 - .12 * x], 1)
-            shapes["glass_right"] = v.pixels(ring)
-            shapes["glass_left"] = v.pixels(ring * (-1, 1, 1))
-            bridge = np.array([(-.13, .15, .52), (0, .19, .56), (.13, .15, .52)])
-            shapes["bridge"] = v.pixels(bridge)
-            for name, flip in (("temple_left", -1), ("temple_right", 1)):
-                shapes[name] = v.pixels(np.array([(flip * .78, .16, .28), (flip * 1.03, .12, -.3)]))
+            shapes["bridge"] = v.pixels([(-.13, .15, .52), (0, .19, .56), (.13, .15, .52)])
+            for name, flip in (("left", -1), ("right", 1)):
+                temple = [(flip * .78, .16, .28), (flip * 1.03, .12, -.3)]
+                shapes["glass_" + name] = v.pixels(ring * (flip, 1, 1))
+                shapes["temple_" + name] = v.pixels(temple)
         if i.hat:
             u = np.linspace(-1, 1, 13)
             band = on_skull(u * .99, .72 - .30 * np.abs(u) ** 3, 1.06)
             radii = {"beanie": (1.1, 1.16, 1.1), "cap": (1.07, 1.1, 1.08),
-                     "straw": (1.06, 1.18, 1.05)}
-            top = v.ellipsoid(SKULL_CENTRE + (0, .04, -.03), SKULL * radii[i.hat])
-            shapes["hat"] = np.concatenate([v.pixels(band), top[:, 2:23]], 1)
-            upper = v.pixels(band * (1, 1, 1) + (0, .24, -.03))
-            shapes["hat_band"] = np.concatenate([v.pixels(band), upper[:, ::-1]], 1)
+                     "straw": (1.06, 1.18, 1.05)}[i.hat]
+            top = v.ellipsoid(SKULL_CENTRE + (0, .04, -.03), SKULL * radii)
+            low, high = v.pixels(band), v.pixels(band + (0, .24, -.03))
+            shapes["hat"] = np.concatenate([low, top[:, 2:23]], 1)
+            shapes["hat_band"] = np.concatenate([low, high[:, ::-1]], 1)
             if i.hat == "beanie":
-                shapes["pompom"] = v.pixels(np.array([(0, 1.58, -.35)]))
+                shapes["pompom"] = v.pixels([(0, 1.58, -.35)])
             else:
                 cap = i.hat == "cap"
                 reach, wide, back = (.62, .82, .2) if cap else (.75, 1.5, -1.2)
                 depth = back + reach * 1.6 * np.maximum(np.sin(a), 0 if cap else -1)
                 front = np.stack([wide * np.cos(a), .74 + .03 * np.cos(2 * a), depth], 1)
-                front = front if cap else front * (1, 1, .85) + (0, -.06, .95)
-                shapes["brim"] = v.pixels(front)
-        if i.beard:
-            shapes |= self._beard(p)
-        return shapes
+                shapes["brim"] = v.pixels(front if cap else front * (1, 1, .85) + (0, -.06, .95))
+        return shapes | (self._beard(p) if i.beard else {})
 
     def _beard(self, p):
         i = self.identity
@@ -238,28 +228,25 @@ class Painter:
                                     corner[:, 6:], lip[:, 5:0:-1]], 1)
         if i.beard == 3:
             return {"moustache": moustache}
-        first, last = (2, 15) if i.beard != 2 else (6, 11)
-        centre = p[:, 57, None]
-        outer = p[:, first:last] + (p[:, first:last] - centre) * (.035 if i.beard != 4 else 0)
-        k = np.linspace(-1, 1, last - first)
+        jaw, centre = p[:, 6:11] if i.beard == 2 else p[:, 2:15], p[:, 57, None]
+        outer = jaw + (jaw - centre) * (.035 if i.beard != 4 else 0)
+        k = np.linspace(-1, 1, jaw.shape[1])[:, None]
         depth = .14 + .46 * (1 - k ** 2) ** .7 if i.beard != 2 else .42 + .3 * (1 - k ** 2)
-        depth = depth[:, None]
-        inner = p[:, first:last] * (1 - depth) + p[:, 57, None] * depth
+        inner = jaw * (1 - depth) + centre * depth
         shape = {"beard": np.concatenate([smooth(outer), smooth(inner)[:, ::-1]], 1)}
         return shape | ({"moustache": moustache} if i.beard == 1 else {})
 
-    def _eye(self, lid, iris, index):
+    def _eye(self, lid, iris, side):
         """Cubic lids through six points, iris cut off by them. lid (N, 6, 2), iris (N, 2)."""
         origin, axis = lid[:, :1], lid[:, 3:4] - lid[:, :1]
-        length = np.sqrt((axis ** 2).sum(-1, keepdims=True))
-        along = axis / length
+        length = np.sqrt((axis ** 2).sum(-1))                                 # (N, 1)
+        along = axis / length[..., None]
         across = np.stack([along[..., 1], -along[..., 0]], -1)                # up in the picture
 
         def local(points):
             d = points - origin
             return (d * along).sum(-1), (d * across).sum(-1)
         a, b = local(lid)
-        length = length[..., 0]
 
         def cubic(i, j):
             """Height over the axis of the curve through corner, points i and j, corner."""
@@ -282,18 +269,16 @@ class Painter:
             x = np.clip(x0 + np.cos(turn) * radius * self.unit, 0, length)
             y = y0 + np.sin(turn) * radius * self.unit
             shapes[name] = world(x, np.clip(y, lower(x), np.maximum(upper(x), lower(x))))
-        glint = np.array([-.035, .045]) * self.unit
-        shapes["glint"] = world(x0 + glint[0], y0 + glint[1])
-        tip = top[:, -4:] if index == 69 else top[:, 3::-1]
-        flick = tip[:, -1:] + (tip[:, -1:] - tip[:, :1]) * .28 + np.array([0, -.05 * self.unit])
+        shapes["glint"] = world(x0 - .035 * self.unit, y0 + .045 * self.unit)
+        tip = top[:, -4:] if side > 0 else top[:, 3::-1]
+        flick = tip[:, -1:] + (tip[:, -1:] - tip[:, :1]) * .28 - (0, .05 * self.unit)
         shapes["lash"] = np.concatenate([tip, flick], 1)
         return shapes
 
-    def _brow(self, p, outer):
-        """A brow as thick as the identity's, thinner outwards. p (N, 5, 2)."""
+    def _brow(self, p, side):
+        """A brow as thick as the identity's, thinner outwards. p (N, 5, 2), side -1 or 1."""
         thick = self.unit * (.055 + .025 * self.identity.shape["brow_thick"])
-        taper = np.linspace(.45, 1, 13)[::outer] if outer > 0 else np.linspace(1, .45, 13)
-        line = smooth(p)
+        taper, line = np.linspace(*((.45, 1) if side < 0 else (1, .45)), 13), smooth(p)
         offset = np.stack([np.zeros(13), taper * thick], -1)
         return np.concatenate([line - offset, (line + offset)[:, ::-1]], 1)
 
@@ -302,131 +287,114 @@ class Painter:
     def frame(self, n):
         """Draw frame n -> (size, size, 3) uint8."""
         canvas = self.wall.copy()
-        pen = ImageDraw.Draw(canvas)
-        self.pen, self.n = pen, n
-        self._back_hair()
+        self.pen, self.n = ImageDraw.Draw(canvas), n
+        self._fill("hair_dark", "curtain", "bun")
+        if "curls" in self.shapes:
+            self._dots("hair_dark", self.curl, "curls")
         self._fill("neck", "neck")
-        self._fill("neck_shade", "shade")
-        picture, mask, corner = self.cloth
-        canvas.paste(picture, corner, mask)
+        self._fill("shade", "neck_shade")
+        canvas.paste(*self.cloth)
         self._head()
         self._mouth()
         self._nose()
         for side in ("left", "right"):
             self._one_eye(side)
-            self._fill("brow_" + side, "brow")
+            self._fill("brow", "brow_" + side)
         self._front()
         return np.asarray(canvas.reduce(SCALE))
 
-    def _fill(self, name, colour):
-        if name in self.shapes:
-            self.pen.polygon(_flat(self.shapes[name][self.n]), self.colours[colour])
+    def _now(self, names):
+        """Where those of the named shapes that this head has are in this frame: [(V, 2), ...]."""
+        return [self.shapes[name][self.n] for name in names if name in self.shapes]
 
-    def _line(self, name, colour, width):
-        if name in self.shapes:
-            self._stroke(self.shapes[name][self.n], colour, width)
+    def _fill(self, colour, *names):
+        for points in self._now(names):
+            self.pen.polygon(_flat(points), self.colours[colour])
 
-    def _stroke(self, points, colour, width):
-        self.pen.line(_flat(points), self.colours[colour], max(round(width * self.unit), 1),
-                      joint="curve")
+    def _between(self, a, b, colour):
+        self.pen.polygon(_flat([*a, *b[::-1]]), self.colours[colour])
 
-    def _dots(self, name, colour, radius):
-        if name in self.shapes:
-            radii = np.broadcast_to(radius, len(self.shapes[name][self.n]))
-            for centre, r in zip(self.shapes[name][self.n], radii):
+    def _line(self, colour, width, *names):
+        width = max(round(width * self.unit), 1)
+        for points in self._now(names):
+            self.pen.line(_flat(points), self.colours[colour], width, joint="curve")
+
+    def _dots(self, colour, radius, *names):
+        for points in self._now(names):
+            for centre, r in zip(points, np.broadcast_to(radius, len(points)) * self.unit):
                 self.pen.ellipse(_around(centre, r), self.colours[colour])
-
-    def _back_hair(self):
-        self._fill("curtain", "hair_dark")
-        if "curls" in self.shapes:
-            self._dots("curls", "hair_dark", self.curl)
-        self._fill("bun", "hair_dark")
 
     def _head(self):
         i = self.identity
         for side in ("left", "right"):
-            self._fill("ear_" + side, "shade")
+            self._fill("shade", "ear_" + side)
             if i.earrings:
-                self._dots("earring_" + side, "gold", self.unit * .06)
-        self._fill("skull", "shade")
-        self._fill("jaw", "shade")
+                self._dots("gold", .06, "earring_" + side)
+        self._fill("shade", "skull", "jaw")
         face = self.shapes["face"][self.n]
         centre = face.mean(0)
         towards = np.array([i.light * .055, -.045]) * self.unit
-        for share, tone in ((.96, "skin_low"), (.90, "skin"), (.70, "skin_high")):
-            lit = centre + (face - centre) * share + towards * (1 - share) * 10
-            if share == .96:
-                lit = centre + (face - centre) * share + towards * .9
+        for share, far, tone in ((.96, .9, "skin_low"), (.90, 1, "skin"), (.70, 3, "skin_high")):
+            lit = centre + (face - centre) * share + towards * far
             self.pen.polygon(_flat(lit), self.colours[tone])
-        for side in ("left", "right"):
-            self._dots("blush_" + side, "blush", self.unit * .13)
-        if i.freckles:
-            self._dots("freckles", "freckle", self.unit * .02)
-        self._fill("beard", "beard")
-        self._fill("moustache", "beard")
+        self._dots("blush", .13, "blush_left", "blush_right")
+        self._dots("freckle", .02, "freckles")
+        self._fill("beard", "beard", "moustache")
 
     def _mouth(self):
-        self._fill("lips", "lip")
+        self._fill("lip", "lips")
         inner = self.shapes["inner"][self.n]
         gap = np.abs(inner[2] - inner[6]).max() / self.unit
         if gap > .02:
-            upper, lower = inner[:5], np.concatenate([inner[:1], inner[:4:-1], inner[4:5]])
-            self.pen.polygon(_flat(np.concatenate([upper, lower[::-1]])), self.colours["mouth"])
-            if gap > .12:
-                tongue = lower + (upper - lower) * .42
-                tongue = np.concatenate([tongue, lower[::-1]])
-                self.pen.polygon(_flat(tongue), self.colours["tongue"])
+            upper, lower = inner[:5], inner[[0, 7, 6, 5, 4]]             # left to right
             teeth = upper + (lower - upper) * min(.85, .085 / gap)
-            self.pen.polygon(_flat(np.concatenate([upper, teeth[::-1]])), self.colours["teeth"])
+            self._between(upper, lower, "mouth")
+            if gap > .12:
+                self._between(lower + (upper - lower) * .42, lower, "tongue")
+            self._between(upper, teeth, "teeth")
         else:
-            self._stroke(inner[:5], "lip_dark", .028)
+            self._line("lip_dark", .028, "seam")
 
     def _nose(self):
         nose = self.shapes["nose"][self.n]
         far = nose[8] if self.identity.light < 0 else nose[4]
         side = np.stack([nose[1], nose[3], far, (nose[1] + far) / 2])
         self.pen.polygon(_flat(side), self.colours["nose"])
-        self._stroke(smooth(nose[4:9]), "nose_dark", .03)
+        self._line("nose_dark", .03, "nostrils")
         light = nose[3] + (self.identity.light * .03 * self.unit, 0)
         self.pen.ellipse(_around(light, self.unit * .045), self.colours["skin_high"])
 
     def _one_eye(self, side):
         opening = self.expression[self.n, 7 if side == "left" else 8]
-        self._line("crease_" + side, "crease", .022)
+        self._line("crease", .022, "crease_" + side)
         if opening > .12:
-            self._fill("white_" + side, "white")
-            self._fill("iris_" + side, "iris")
-            self._fill("pupil_" + side, "pupil")
+            for part in ("white", "iris", "pupil"):
+                self._fill(part, f"{part}_{side}")
             if opening > .6:
-                self._dots("glint_" + side, "glint", self.unit * .024)
-            self._line("lower_" + side, "crease", .016)
+                self._dots("glint", .024, "glint_" + side)
+            self._line("crease", .016, "lower_" + side)
         else:
-            self._fill("white_" + side, "lid")
-        self._line("upper_" + side, "lash", .045)
+            self._fill("lid", "white_" + side)
+        self._line("lash", .045, "upper_" + side)
         if self.identity.lashes:
-            self._line("lash_" + side, "lash", .04)
+            self._line("lash", .04, "lash_" + side)
 
     def _front(self):
         i = self.identity
-        for side in ("left", "right"):
-            self._line("temple_" + side, "frame", .045)
+        self._line("frame", .045, "temple_left", "temple_right")
         if i.hair not in ("bald", "mohawk"):
-            self._fill("hair", "stubble" if i.hair == "buzz" else "hair")
+            self._fill("stubble" if i.hair == "buzz" else "hair", "hair")
             if i.hair != "buzz" and not i.hat:
-                self._line("gloss", "hair_light", .07)
-        self._fill("crest", "hair")
+                self._line("hair_light", .07, "gloss")
+        self._fill("hair", "crest")
         self._fill("mask", "mask")
-        for side in ("left", "right"):
-            self._line("glass_" + side, "frame", .048)
-        self._line("bridge", "frame", .045)
+        self._line("frame", .048, "glass_left", "glass_right")
+        self._line("frame", .045, "bridge")
         if i.hat == "straw":
-            self._fill("brim", "hat_dark")
+            self._fill("hat_dark", "brim")
         self._fill("hat", "hat")
-        self._fill("hat_band", "hat_dark")
-        if i.hat == "beanie":
-            self._dots("pompom", "hat_light", self.unit * .17)
-        elif i.hat == "cap":
-            self._fill("brim", "hat_dark")
+        self._fill("hat_dark", "hat_band", *(["brim"] if i.hat == "cap" else []))
+        self._dots("hat_light", .17, "pompom")
 
 
 def _palette(identity):

@@ -12,6 +12,7 @@ The shipped weights were trained on drawings and animate drawings; a photograph 
 """
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -142,9 +143,10 @@ def arguments(argv):
         raise media.UserError(f"--seed {args.seed}: must not be negative")
     if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg"):
         raise media.UserError(f"--sheet {args.sheet}: a picture's name ends in .png or .jpg")
-    for path in (args.image, args.audio):
-        if os.path.exists(path) and os.path.exists(args.out) and os.path.samefile(path, args.out):
-            raise media.UserError(f"--out {args.out}: is an input too; choose another name")
+    outputs = [path for path in (args.out, args.sheet) if path and os.path.exists(path)]
+    for given, made in itertools.product((args.image, args.audio), outputs):
+        if os.path.exists(given) and os.path.samefile(given, made):
+            raise media.UserError(f"{made}: is an input too; choose another name")
     return args
 
 

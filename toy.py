@@ -94,11 +94,11 @@ class ToyClip:
         return np.stack([self.frame(k) for k in (range(len(self)) if indices is None else indices)])
 
     def frame(self, k):
-        picture = self.painter.frame(k)
-        if self.intruder is None:
-            return picture
-        small, picture = self.intruder.frame(k % len(self.intruder)), picture.copy()
-        picture[-small.shape[0]:, :small.shape[1]] = small
+        """Draw frame k. -> (size, size, 3) uint8."""
+        picture = self.painter.frame(k).copy()
+        if self.intruder is not None:
+            small = self.intruder.frame(k % len(self.intruder))
+            picture[-small.shape[0]:, :small.shape[1]] = small
         return picture
 
 
@@ -139,8 +139,8 @@ def gaze(rng, n):
 
 
 def make_motion(rng, n, speech=None):
-    """The whole motion of a clip of n frames: lips from the speech, the rest its own."""
-    stress = np.zeros(n) if speech is None else _fit(speech.stress, n)
+    """The whole motion of a clip of n frames: lips from the speech, as long, the rest its own."""
+    stress = np.zeros(n) if speech is None else speech.stress
     nod = np.convolve(stress, np.exp(-.5 * (np.arange(-6, 7) / 2.5) ** 2) / 6.3)[6:6 + n]
     pose = rng.normal(0, (4, 6, 3), 3) + wander(rng, n, .9, 3) * (2.6, 4.5, 2.6)
     pose += wander(rng, n, .3, 3) * (.7, 1.0, .6)
@@ -153,7 +153,7 @@ def make_motion(rng, n, speech=None):
 
     e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
     if speech is not None:
-        e[:, :4] = _fit(speech.lips, n)
+        e[:, :4] = speech.lips
     e[:, AT["smile"]] = rng.uniform(-.1, .5) + .15 * wander(rng, n, 1.0)[:, 0]
     brows = rng.uniform(.3, 1.0) * nod + .18 * wander(rng, n, .6)[:, 0]
     e[:, 5:7] = np.clip(brows[:, None] + .06 * wander(rng, n, .6, 2), -1, 1)
@@ -165,9 +165,7 @@ def make_motion(rng, n, speech=None):
 
 def random_poses(rng, n, close=False):
     """Unrelated poses and expressions, wider than speech alone shows: what the VAE learns from.
-
-    `close` keeps the poses as near to one another as a clip does.
-    """
+    `close` keeps the poses as near to one another as a clip does."""
     e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
     e[:, 0] = rng.beta(.7, 1.3, n) * (rng.random(n) < .8)
     e[:, 1:4] = np.stack([rng.uniform(.1, .9, n), rng.beta(.6, 1.6, n), rng.beta(.7, 1.3, n)], 1)
@@ -179,22 +177,14 @@ def random_poses(rng, n, close=False):
     e[:, 9:11] = np.clip(rng.normal(0, .5, (n, 2)), -1, 1)
     pose = rng.normal(0, (4, 6, 3), 3) + rng.normal(0, (2.8, 5, 2.8), (n, 3)) if close else \
         rng.normal(0, (8, 12, 6), (n, 3))
-    pose = 32 * np.tanh(pose / 32)
-    return Motion(pose, e.astype(np.float32), rng.normal(0, .02, (n, 2)))
-
-
-def _fit(track, n):
-    """Cut or repeat the last row so that a track has n rows."""
-    return np.concatenate([track[:n], np.repeat(track[-1:], max(n - len(track), 0), 0)])
+    return Motion(32 * np.tanh(pose / 32), e.astype(np.float32), rng.normal(0, .02, (n, 2)))
 
 
 # ---- clips ---------------------------------------------------------------------------------------
 
 def make_clip(seed, seconds, size=128, held_out=False, defect=None):
-    """The talking head of a seed: always the same clip. ``held_out`` counts seeds from HELD_OUT.
-
-    Identity, voice, phonemes and motion each have a generator of their own, all keyed by the seed.
-    """
+    """The talking head of a seed: always the same clip. `held_out` counts seeds from HELD_OUT.
+    Identity, speech and motion each have a generator of their own, all keyed by the seed."""
     seed = seed + HELD_OUT * held_out
     who, says, moves = (np.random.default_rng((seed, k)) for k in range(3))
     n = round(seconds * media.FPS)
@@ -269,11 +259,9 @@ INSTRUCTIONS = {
     "look_down": (("lower your head", "head down", "please lower your head"),
                   ("turn your head down",), {"pitch": -15}),
     "tilt_left": (("tilt your head left", "please tilt your head to the left",
-                   "lean your head left"),
-                  ("tilt left",), {"roll": 15}),
+                   "lean your head left"), ("tilt left",), {"roll": 15}),
     "tilt_right": (("tilt your head right", "please tilt your head to the right",
-                    "lean your head right"),
-                   ("tilt right",), {"roll": -15}),
+                    "lean your head right"), ("tilt right",), {"roll": -15}),
     "glance_left": (("look left", "glance left", "please look to the left"),
                     ("eyes to the left",), {"gaze_x": .95}),
     "glance_right": (("look right", "glance right", "please look to the right"),
@@ -307,11 +295,10 @@ def instruct(seed, seconds, held_out=False, actions=None, size=128):
     seed = seed + HELD_OUT * held_out
     who, words, moves = (np.random.default_rng((seed, k)) for k in (0, 4, 2))
     if actions is None:
-        actions = [str(words.choice(list(INSTRUCTIONS)))]
-        other = str(words.choice(list(INSTRUCTIONS)))
-        parts = [{_CLASH.get(c, c) for c in INSTRUCTIONS[a][2]} for a in (actions[0], other)]
-        if words.random() < .3 and not parts[0] & parts[1]:
-            actions.append(other)
+        actions = [str(words.choice(list(INSTRUCTIONS))) for _ in range(2)]
+        first, second = ({_CLASH.get(c, c) for c in INSTRUCTIONS[a][2]} for a in actions)
+        if words.random() >= .3 or first & second:
+            actions.pop()
     text = " and ".join(str(words.choice(INSTRUCTIONS[a][1 if held_out else 0])) for a in actions)
     motion = obey(make_motion(moves, round(seconds * media.FPS)), actions)
     return ToyClip(random_identity(who), motion, text=text, size=size)

@@ -2,19 +2,21 @@
 
     python train_vae.py                                  the toy preset on rendered heads
     python train_vae.py --data runs/toys --minutes 60    clips at rest
-    torchrun --nproc_per_node 8 train_vae.py --preset small --data footage
+    torchrun --nproc_per_node 8 train_vae.py --preset small --data clips
 
 The same command again goes on where it stopped. OUT gets last.pt (everything), vae.pt (the EMA in
 fp16), log.csv, curve.png and grid.png (portrait, landmark picture, result, truth of unseen heads).
 
-Departures from the paper: the `toy` preset has a recipe of its own (Muon, small batches); regions
-of the face are weighted; beside L1 stands a square; the adversary starts in the last quarter, its
-discriminator a little earlier.
+Departures from the paper: the `toy` preset has a recipe of its own (Muon); regions of the face are
+weighted; beside L1 stands a square; the adversary starts in the last quarter, its discriminator a
+little earlier.
 """
 from __future__ import annotations
 
 import collections
 import contextlib
+import math
+import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,14 +28,17 @@ from tqdm import tqdm
 import curves
 import data
 import media
+import optim
 import toy
 import training
-import vae as models
+import vae as vaes
 from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, draw, region_box
 
-PAPER = {"optimiser": "adam", "lr": 4.5e-6, "betas": (.5, .9), "schedule": "constant", "batch": 8}
+# B.1: Adam at this rate, constant; the rest is ours
+PAPER = {"optimiser": "adam", "lr": 4.5e-6, "betas": (.5, .9), "schedule": "constant", "batch": 8,
+         "warmup": 200}
 RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
-                   "batch": 8}, "small": PAPER, "base": PAPER, "large": PAPER}
+                   "batch": 8, "warmup": 200}, "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole picture's 1
 REGIONS = {"eye_left": (EYE_LEFT, .18), "eye_right": (EYE_RIGHT, .18), "mouth": (MOUTH, .2),
            "brow_left": (slice(17, 22), .05), "brow_right": (slice(22, 27), .05)}
@@ -45,53 +50,26 @@ COLUMNS = ["loss", "l1", "perceptual", "kl", "adversary", "discriminator", "real
 
 def arguments(argv):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
-    what = p.add_argument_group("what to train, and where")
-    what.add_argument("--preset", choices=models.PRESETS, default="toy", help="size of the model")
-    what.add_argument("--out", help="folder of the run (default: runs/vae); again: go on")
-    what.add_argument("--fresh", action="store_true", help="start over in OUT")
-    what.add_argument("--init", metavar="FILE", help="start from these weights (a vae.pt)")
+    what = p.add_argument_group("what to train, on what")
+    what.add_argument("--preset", choices=vaes.PRESETS, default="toy", help="size of the model")
+    what.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
+    what.add_argument("--identities", type=int, default=4000, help="rendered heads")
+    what.add_argument("--frames", type=int, default=8, help="pictures of each")
     what.add_argument("--overfit", action="store_true", help="learn one clip by heart, 300 steps: "
                       "what cannot do that cannot learn")
-    what.add_argument("--compare", metavar="FILE", help="draw curve.png over these curves, such as "
-                      "results/toy_curves.csv")
-    pool = p.add_argument_group("data")
-    pool.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
-    pool.add_argument("--identities", type=int, default=4000, help="rendered heads")
-    pool.add_argument("--frames", type=int, default=8, help="pictures of each")
-    pool.add_argument("--workers", type=int, default=None, help="rendering processes")
-    pool.add_argument("--seed", type=int, default=0, help="of weights, data and draws")
-    run = p.add_argument_group("training")
-    run.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
-    run.add_argument("--minutes", type=float, help="budget in minutes, all parts together "
-                     "(default: 80)")
-    run.add_argument("--batch", type=int, help="pictures a step, over all processes")
-    run.add_argument("--accumulate", type=int, default=1, help="parts a batch is cut into")
-    run.add_argument("--lr", type=float, help="Adam's learning rate")
-    run.add_argument("--optimiser", choices=("muon", "adam"), help="default: the preset's")
-    run.add_argument("--adversary", choices=("nonsaturating", "literal", "hinge", "none"),
-                     default="nonsaturating", help="form of eq. 3 for the generator")
-    run.add_argument("--kl", type=float, default=1e-6, help="weight of the KL term")
-    run.add_argument("--lpips", metavar="FOLDER", help="where VGG16's and LPIPS's weights are")
-    run.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    run.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp64"), default="auto")
-    run.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
+    what.add_argument("--adversary", choices=("nonsaturating", "literal", "hinge", "none"),
+                      default="nonsaturating", help="form of eq. 3 for the generator")
+    what.add_argument("--kl", type=float, default=1e-6, help="weight of the KL term")
+    what.add_argument("--lpips", metavar="FOLDER", help="where VGG16's and LPIPS's weights are")
+    training.add_arguments(p, "runs/vae", "render")
     args = p.parse_args(argv)
-    recipe = RECIPES[args.preset]
-    for name in ("batch", "lr", "optimiser"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
     args.out = args.out or ("runs/overfit" if args.overfit else "runs/vae")
     if args.overfit:
         args.adversary = "none"
-    if args.steps is None and args.minutes is None:
-        args.steps, args.minutes = (300, None) if args.overfit else (None, 80.0)
-    if min(args.batch, args.accumulate, args.every, args.lr) <= 0 or args.seed < 0:
-        raise media.UserError("--batch, --accumulate, --every and --lr must be above zero, --seed "
-                              "not negative")
-    training.Budget(args.steps, args.minutes)
+        args.steps = 300 if args.steps is None and args.minutes is None else args.steps
+    training.settle(args, RECIPES[args.preset], minutes=80.0)
     curves.check_compare(args.compare, "vae")
-    return args, recipe
+    return args, RECIPES[args.preset]
 
 
 def region_weights(landmarks, size):
@@ -99,20 +77,20 @@ def region_weights(landmarks, size):
     points = landmarks.cpu().numpy()
     boxes = np.stack([region_box(points, region) for region, _ in REGIONS.values()], 1)
     shares = torch.tensor([share for _, share in REGIONS.values()])
-    return models.weight_map(torch.from_numpy(boxes).to(landmarks.device), shares, size)
+    return vaes.weight_map(torch.from_numpy(boxes).to(landmarks.device), shares, size)
 
 
-def latent_noise(config, seed, step, first, count):
+def latent_noise(config, seed, step, samples):
     """One draw a picture, keyed by its global index: (B, latent, h, w) for z_a and z_m."""
     def one(k, factor):
         side = config.size // factor
-        key = training.generator(seed, step, first + k, factor)
-        return torch.randn(config.latent, side, side, generator=key)
-    return [torch.stack([one(k, f) for k in range(count)])
+        draws = training.generator(seed, step, k, factor)
+        return torch.randn(config.latent, side, side, generator=draws)
+    return [torch.stack([one(k, f) for k in samples])
             for f in (config.appearance_factor, config.motion_factor)]
 
 
-class Judged:
+class Pairs:
     """Pairs of frames: PSNR of the second from the first, and the picture that shows what it means.
 
     pictures (n, 2, H, W, 3) uint8, points of the second (n, 70, 2).
@@ -140,7 +118,7 @@ class Judged:
         return torch.cat(parts).clamp(-1, 1)
 
     def psnr(self, x_hat):
-        return float(np.mean([models.psnr(a, b) for a, b in zip(x_hat, self.target)]))
+        return float(np.mean([vaes.psnr(a, b) for a, b in zip(x_hat, self.target)]))
 
     def grid(self, x_hat, count=16):
         rows = torch.stack([self.reference, self.x_m, x_hat, self.target], 1)[:count]
@@ -153,66 +131,52 @@ def main(argv=None):
     processes = training.start_processes(args.device)
     device, dtype = processes.device, training.pick_dtype(args.dtype, processes.device)
     precision = torch.promote_types(dtype, torch.float32)                 # of weights and data
-    if args.batch % (processes.world * args.accumulate):
-        raise media.UserError(f"--batch {args.batch}: wants a multiple of {processes.world} "
-                              f"processes times --accumulate {args.accumulate}")
+    samples = processes.samples(args.batch, args.accumulate)
     out, last = Path(args.out), Path(args.out) / "last.pt"
-    config = models.PRESETS[args.preset]
+    config = vaes.PRESETS[args.preset]
 
     # ---- model, EMA, optimisers ----
     torch.manual_seed(args.seed)
     layout = {"dtype": precision, "memory_format": torch.channels_last}
-    model = models.VAE(config).to(device, **layout)
-    judge = models.Discriminator(config.width // 2).to(device, **layout)
-    lpips = models.find_lpips(args.lpips)
+    model = vaes.VAE(config).to(device, **layout)
+    judge = vaes.Discriminator(config.width // 2).to(device, **layout)
+    try:
+        lpips = vaes.find_lpips(args.lpips)
+    except (RuntimeError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        raise media.UserError(f"{args.lpips or 'torch hub'}: not the public weights of VGG16 and "
+                              f"LPIPS ({' '.join(str(error).split())[:100]})") from error
     if args.lpips and lpips is None:
-        raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(models.LPIPS.FILES)}")
+        raise media.UserError(f"--lpips {args.lpips}: wants {' and '.join(vaes.LPIPS.FILES)}")
     perceptual = lpips and lpips.to(device, precision)
     if processes.leads:
         print("perceptual term: " + ("LPIPS" if lpips else "differences of neighbouring pixels (no "
-              f"{' and '.join(models.LPIPS.FILES)} in torch hub's cache)"))
-    optimisers = training.make_optimisers(model, args.optimiser, args.lr, recipe["betas"])
-    judge_optimisers = training.make_optimisers(judge, "adam", args.lr / 2, (.5, .9))
-    step, spent, adversary_on = 0, 0.0, False
+              f"{' and '.join(vaes.LPIPS.FILES)} in torch hub's cache)"))
+    optimisers = optim.make_optimisers(model, args.optimiser, args.lr, recipe["betas"])
+    judge_optimisers = optim.make_optimisers(judge, "adam", args.lr / 2, (.5, .9))
 
-    # ---- resume ----
+    # ---- start or go on ----
     if args.init:
-        start, _ = training.load_model(models.VAE, models.VAEConfig, args.init)
+        start, _ = training.load_model(vaes.VAE, vaes.VAEConfig, args.init)
         training.load_weights(model, start.state_dict(), args.init)
-    ema = training.Ema(model)
-    if args.fresh and processes.leads:
-        last.unlink(missing_ok=True)
-    if last.exists() and not args.fresh:
-        held = training.load(last, device)
-        if held.get("preset") != args.preset:
-            raise media.UserError(f"{last}: a run of another preset; use --fresh or another --out")
-        training.load_weights(model, held["model"], last)
-        training.load_weights(judge, held["judge"], last)
-        training.load_optimisers(optimisers + judge_optimisers, held["optimisers"], last)
-        ema.weights, step, spent = held["ema"], held["step"], held["minutes"]
+    ema = optim.Ema(model)
+    step, spent, _ = training.resume(
+        last, {"model": model, "judge": judge}, optimisers + judge_optimisers, ema,
+        same={"preset": args.preset, "seed": args.seed}, fresh=args.fresh)
     budget = training.Budget(args.steps, args.minutes, spent)
     net, judge_net = (training.distribute(m, processes) for m in (model, judge))
 
     # ---- data ----
-    dataset = data.ClipFrames(args.data, config.size) if args.data else \
-        data.ToyFrames(args.seed, args.identities, args.frames, config.size, args.workers)
-    if args.overfit:
-        dataset = dataset.one()
-    share_of = (processes.rank, processes.world)
-    first_sample = args.batch * processes.rank // processes.world
+    dataset = data.ClipFrames(args.data, config.size) if args.data else data.ToyFrames(
+        args.seed, 1 if args.overfit else args.identities, args.frames, config.size, args.workers)
 
     def prepare(at):
         dataset.grow(at)
-        drawn = data.batch(dataset, args.seed, at, args.batch, *share_of)
-        drawn["noise_a"], drawn["noise_m"] = latent_noise(config, args.seed, at, first_sample,
-                                                          len(drawn["target"]))
+        drawn = data.batch(dataset, args.seed, at, samples)
+        drawn["noise_a"], drawn["noise_m"] = latent_noise(config, args.seed, at, samples)
         return drawn
     batches = training.ahead(prepare, step, device)
-    if processes.leads:
-        judged = Judged.seen(dataset.pictures[0], dataset.landmarks[0]) if args.overfit else \
-            Judged.unseen(config.size)
     log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
-    shadow = models.VAE(config).to(device, memory_format=torch.channels_last).eval()
+    shadow = vaes.VAE(config).to(device, memory_format=torch.channels_last).eval()
 
     def report():
         """Save, draw, and measure the EMA."""
@@ -224,9 +188,9 @@ def main(argv=None):
         training.ship(out / "vae.pt", {"config": asdict(config), "weights": ema.half()},
                       seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
         shadow.load_state_dict(ema.weights)
-        x_hat = judged.reconstruct(shadow, device)
-        media.write_image(out / "grid.png", judged.grid(x_hat))
-        unseen = judged.psnr(x_hat)
+        x_hat = pairs.reconstruct(shadow, device)
+        media.write_image(out / "grid.png", pairs.grid(x_hat))
+        unseen = pairs.psnr(x_hat)
         log.write(0, step=step, minutes=budget.spent(), unseen=unseen)
         log.flush()
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6] + ["psnr", "unseen"],
@@ -239,11 +203,18 @@ def main(argv=None):
     with training.progress("VAE", processes.leads) as bar, training.stop_on_signals() as stop, \
             contextlib.closing(dataset), contextlib.closing(batches), \
             training.together(processes, last):
+        dataset.grow(0)
+        if args.overfit:
+            del dataset.pictures[1:], dataset.landmarks[1:]
+            pairs = Pairs.seen(dataset.pictures[0], dataset.landmarks[0])
+        elif processes.leads:
+            pairs = Pairs.unseen(config.size)
+        adversary_on = args.adversary == "none" or budget.share(step) >= ADVERSARY_AT
         while True:
             share, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
             done = share >= 1 or stopping
             turning = share >= ADVERSARY_AT and not adversary_on          # PSNR before and after
-            adversary_on = share >= ADVERSARY_AT
+            adversary_on |= turning
             if processes.leads and (done or turning or (step and step % args.every == 0)):
                 report()
             if done:
@@ -251,14 +222,12 @@ def main(argv=None):
             waited = time.monotonic()
             drawn = {k: v.to(device, precision) for k, v in next(batches).items()}
             waited = time.monotonic() - waited
-            factor = training.rate_factor(recipe["schedule"], step, share, args.warmup)
-            training.set_rate(optimisers + judge_optimisers, factor)
+            factor = optim.rate_factor(recipe["schedule"], step, share, args.warmup)
+            optim.set_rate(optimisers + judge_optimisers, factor)
             has_judge = args.adversary != "none" and share >= DISCRIMINATOR_AT
             terms, fakes = collections.defaultdict(float), []            # what the log gets
 
             # 1) generator: E_A, E_M, D
-            for optimiser in optimisers:
-                optimiser.zero_grad(set_to_none=True)
             judge.requires_grad_(False)
             for k in range(args.accumulate):
                 net.require_backward_grad_sync = k == args.accumulate - 1    # DDP: once a step
@@ -268,18 +237,18 @@ def main(argv=None):
                     x_hat, divergence = net(part["reference"], part["x_m"], part["noise_a"],
                                             part["noise_m"])
                 target = part["target"]
-                pixel = models.l1(x_hat, target, weight)
+                pixel = vaes.l1(x_hat, target, weight)
                 felt = perceptual(x_hat, target).mean() if perceptual else \
-                    models.gradient_l1(x_hat, target, weight)
-                square = models.l2(x_hat, target, weight)
+                    vaes.gradient_l1(x_hat, target, weight)
+                square = vaes.l2(x_hat, target, weight)
                 reconstruction = pixel + SQUARE_WEIGHT * square + felt
                 loss = reconstruction + args.kl * divergence              # eq. 4
                 parts = {"l1": pixel, "perceptual": felt, "kl": divergence}
                 if has_judge and adversary_on:
                     with training.autocast(device, dtype):
-                        fooled = models.generator_loss(judge(x_hat), args.adversary)
+                        fooled = vaes.generator_loss(judge(x_hat), args.adversary)
                     if k == 0:                                            # the first part speaks
-                        balance = models.adaptive_weight(                 # for the whole batch
+                        balance = vaes.adaptive_weight(                   # for the whole batch
                             reconstruction, fooled, model.last_layer,
                             lambda g: training.total(g, processes) / processes.world)
                     loss = loss + ADVERSARY_WEIGHT * balance * fooled     # eq. 3 and 4
@@ -288,29 +257,22 @@ def main(argv=None):
                 fakes.append(x_hat.detach())
                 for name, value in (parts | {"loss": loss}).items():
                     terms[name] += value.detach() / args.accumulate
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not torch.isfinite(norm):
-                raise media.UserError(f"step {step}: the loss is not a number any more; {last} "
-                                      "holds the last good weights; lower --lr")
-            for optimiser in optimisers:
-                optimiser.step()
-            ema.update(model, step)
+            optim.update(model, optimisers, step, last, ema=ema)
 
             # 2) discriminator
             if has_judge:
                 judge.requires_grad_(True)
-                judge_optimisers[0].zero_grad(set_to_none=True)
                 with training.autocast(device, dtype):
                     both = judge_net(torch.cat([drawn["target"], *fakes]))
                 real, fake = both.chunk(2)
-                verdict = models.discriminator_loss(real, fake, args.adversary)
+                verdict = vaes.discriminator_loss(real, fake, args.adversary)
                 verdict.backward()
-                judge_optimisers[0].step()
+                optim.update(judge, judge_optimisers, step, last, most=math.inf)
                 terms |= {"discriminator": verdict.detach(), "real": real.detach().mean(),
                           "fake": fake.detach().mean()}
 
             # once a step: log
-            terms["psnr"] = models.psnr(torch.cat(fakes), drawn["target"])
+            terms["psnr"] = vaes.psnr(torch.cat(fakes), drawn["target"])
             terms = training.averaged(terms, processes)
             step += 1
             if processes.leads:

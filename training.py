@@ -1,10 +1,7 @@
-"""What the training loops share: processes, optimisers, EMA, budget and checkpoints.
+"""What the training loops share: processes, flags, budget, checkpoints and going on from them.
 
 No Trainer: each loop stays readable from top to bottom in its own script and calls these. The same
 command runs in one process or under `torchrun` (gloo on a CPU, nccl on GPUs).
-
-Departures from the paper: it trains with Adam alone; the `toy` presets may use Muon (a step along
-the nearest orthogonal matrix of the momentum), which on two cores saves two thirds of the time.
 """
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import pickle
 import signal
@@ -46,6 +42,14 @@ class Processes:
     def leads(self):
         return self.rank == 0
 
+    def samples(self, batch, parts=1):
+        """The numbers of this process's samples in a batch that is also cut into `parts`."""
+        if batch % (self.world * parts):
+            raise media.UserError(f"--batch {batch}: wants a multiple of {self.world} processes "
+                                  f"times --accumulate {parts}")
+        size = batch // self.world
+        return range(self.rank * size, (self.rank + 1) * size)
+
 
 def start_processes(device="auto"):
     """Join the process group that torchrun announces, or stay alone."""
@@ -74,9 +78,9 @@ def pick_device(name="auto"):
 def pick_dtype(name, device):
     """bf16 for "auto" where the hardware is fast at it, else fp32. Returns the autocast dtype."""
     if name == "auto":
-        cpu = [getattr(torch.cpu, f"_is_{n}_supported", bool) for n in ("amx_tile", "avx512_bf16")]
+        cpu = [getattr(torch.cpu, f"_is_{n}_supported", None) for n in ("amx_tile", "avx512_bf16")]
         fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else \
-            device.type == "cpu" and any(supported() for supported in cpu)
+            device.type == "cpu" and any(supported and supported() for supported in cpu)
         name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[name]
 
@@ -136,106 +140,42 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
-# ---- optimisers ----------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix steps are orthogonalised, for hidden kernels (out, in, ...).
-
-    The step is lr * 0.2 sqrt(max(rows, columns)) * UV^T of the Nesterov momentum's SVD.
-    """
-
-    def __init__(self, parameters, lr=2e-3, momentum=.95):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                matrix = p.grad.lerp(buffer, group["momentum"]).reshape(len(p), -1)
-                size = .2 * math.sqrt(max(matrix.shape))
-                update = orthogonalise(matrix).view(p.shape).to(p.dtype)
-                p.add_(update, alpha=-group["lr"] * size)
-
-
-def orthogonalise(matrix, steps=5):
-    """Nearest semi-orthogonal matrix, roughly: Newton-Schulz. (rows, columns) -> same.
-
-    Every iterate is p(G) X for a polynomial p of the small Gram matrix G = X X^T, so the steps
-    work on G alone and the wide X is multiplied twice in all.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315     # a quintic that pulls singular values to about 1
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / (x.norm() + 1e-7)
-    gram = x @ x.T                                  # of the current iterate p x
-    for k in range(steps):
-        q = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        q.diagonal().add_(a)                        # q = a I + b G + c G^2
-        p = q @ p if k else q
-        if k < steps - 1:
-            gram = q @ gram @ q
-    x = p @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+def add_arguments(p, out, workers):
+    """The flags that the VAE's and the diffusion model's loop share."""
+    run = p.add_argument_group("the run")
+    run.add_argument("--out", help=f"folder of the run (default: {out}); again: go on")
+    run.add_argument("--fresh", action="store_true", help="start over in OUT")
+    run.add_argument("--init", metavar="FILE", help="start from these weights")
+    run.add_argument("--compare", metavar="FILE", help="draw curve.png over these curves, such as "
+                     "results/toy_curves.csv")
+    run.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
+    run.add_argument("--minutes", type=float, help="budget in minutes, all parts together")
+    run.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
+    run.add_argument("--batch", type=int, help="samples a step, over all processes")
+    run.add_argument("--accumulate", type=int, default=1, help="parts a batch is cut into")
+    run.add_argument("--lr", type=float, help="Adam's learning rate")
+    run.add_argument("--optimiser", choices=("muon", "adam"), help="default: the preset's")
+    run.add_argument("--warmup", type=int, help="steps of rising learning rate")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data and draws")
+    run.add_argument("--workers", type=int, help=f"processes that {workers}")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    run.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp64"), default="auto")
 
 
-def make_optimisers(model, kind, lr, betas=(.9, .99), muon_lr=2e-3):
-    """The optimisers of a model: [Adam], or [Muon, Adam] with Muon on its hidden kernels.
-
-    Hidden: matrices and convolutions with at least 32 channels on both sides, one group a kernel
-    (not depthwise, not an embedding), unless the module's name is in `model.not_hidden`.
-    """
-    hidden, rest = [], []
-    skip = getattr(model, "not_hidden", ())
-    for name, p in model.named_parameters():
-        is_hidden = kind == "muon" and p.ndim >= 2 and min(p.shape[:2]) >= 32 \
-            and not any(name.startswith(s) for s in skip)
-        (hidden if is_hidden else rest).append(p)
-    chosen = [torch.optim.Adam(rest, lr=lr, betas=betas)]
-    if hidden:
-        chosen.insert(0, Muon(hidden, lr=muon_lr))
-    for optimiser in chosen:
-        for group in optimiser.param_groups:
-            group["base_lr"] = group["lr"]
-    return chosen
-
-
-def set_rate(optimisers, factor):                               # times every base learning rate
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["lr"] = group["base_lr"] * factor
-
-
-def rate_factor(schedule, step, share, warmup):
-    """The schedule's factor at a step; `share` in [0, 1] is how much of the budget is spent.
-
-    "constant" (the paper's VAE), "inverse_sqrt" (its diffusion model), or "trapezoid": constant,
-    then linear to zero over the last third. All warm up over `warmup` steps.
-    """
-    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    if schedule == "inverse_sqrt":
-        return min(warm, math.sqrt(max(warmup, 1) / (step + 1)))
-    return warm * (min(1.0, 3 * (1 - share)) if schedule == "trapezoid" else 1.0)
-
-
-class Ema:
-    """A running average of a model's weights: `weights` is a state dict."""
-
-    def __init__(self, model, decay=.995):
-        self.decay = decay
-        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model, step):
-        decay = min(self.decay, (1 + step) / (10 + step))       # the first steps count for little
-        for name, value in model.state_dict().items():
-            self.weights[name].lerp_(value, 1 - decay)
-
-    def half(self):                                             # what ships
-        return {k: v.half().cpu() if v.is_floating_point() else v.cpu()
-                for k, v in self.weights.items()}
+def settle(args, recipe, minutes):
+    """Fill in the preset's recipe and the default budget; UserError for what makes no sense."""
+    for name in ("batch", "lr", "optimiser", "warmup"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    if args.steps is None and args.minutes is None:
+        args.minutes = minutes
+    Budget(args.steps, args.minutes)
+    if min(args.batch, args.accumulate, args.every, args.lr) <= 0 or \
+            min(args.seed, args.warmup) < 0:
+        raise media.UserError("--batch, --accumulate, --every and --lr must be above zero, --seed "
+                              "and --warmup not negative")
 
 
 # ---- budget and interruption ---------------------------------------------------------------------
@@ -244,7 +184,7 @@ class Budget:
     """How long a run lasts: `steps`, or `minutes` summed over all its resumed parts."""
 
     def __init__(self, steps=None, minutes=None, spent=0.0):
-        if (steps is None) == (minutes is None) or (steps or minutes) <= 0:
+        if (steps is None) == (minutes is None) or not (minutes if steps is None else steps) > 0:
             raise media.UserError("give either --steps or --minutes, above zero")
         self.steps, self.minutes = steps, minutes
         self.start = time.monotonic() - 60 * spent
@@ -278,7 +218,7 @@ def ahead(make, first, device, depth=3):
     """Yields make(first), make(first + 1), ... Beside a GPU a thread prepares the coming ones; on a
     CPU it would only take the cores from the training."""
     if device.type != "cuda":
-        yield from map(make, itertools.count(first))
+        yield from map(make, itertools.count(first))            # without end
     pool = ThreadPoolExecutor(1)
     try:
         waiting = [pool.submit(make, first + k) for k in range(depth)]
@@ -367,3 +307,24 @@ def load_optimisers(optimisers, states, path):
                 group["base_lr"] = rate
     except ValueError as error:
         raise media.UserError(f"{path}: a run with another --optimiser; use --fresh") from error
+
+
+def resume(last, parts, optimisers, ema, same, fresh=False):
+    """Fill all from a checkpoint, if there is one: (step, minutes, the checkpoint or {}).
+
+    parts: {key in the checkpoint: model}; `same`: what the checkpoint must agree on. With `fresh`
+    the checkpoint is deleted.
+    """
+    if fresh:
+        last.unlink(missing_ok=True)
+    if not last.exists():
+        return 0, 0.0, {}
+    held = load(last)
+    if {key: held.get(key) for key in same} != same:
+        raise media.UserError(f"{last}: a run of another {' or '.join(same)}; use --fresh or "
+                              "another --out")
+    for key, model in parts.items():
+        load_weights(model, held[key], last)
+    load_optimisers(optimisers, held["optimisers"], last)
+    ema.weights = {name: held["ema"][name].to(v) for name, v in ema.weights.items()}
+    return held["step"], held["minutes"], held

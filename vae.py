@@ -16,6 +16,8 @@ Departures from the paper, or choices where it is silent:
    at an eighth of a small picture lose the face.
 5. A posterior mean starts as the picture itself, shrunken: detail is packed in from there.
 6. D attends to itself one level below z^a: what it needs here may lie elsewhere in the portrait.
+7. Eq. 4 has no weights. Ours: KL 1e-6, a mean over elements, so that this is nearly a plain
+   autoencoder (column `kl` of the log); the adversary's adaptive weight (Esser et al., 2021).
 """
 from __future__ import annotations
 
@@ -157,7 +159,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, top = config, config.appearance_factor
-        factors = [top * 2 ** k for k in range(c.depth + 1)]              # toy: 4, 8, 16
+        factors = [top * 2 ** k for k in range(c.depth + 1)]              # toy: 4, 8
         widths = [c.channels(f) for f in factors]
         self.project = nn.Conv2d(2 * c.latent, widths[0], 3, padding=1)
         self.going_down = nn.ModuleList(blocks(w, c.layers) for w in widths)
@@ -190,9 +192,9 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """E_A, E_M and D. `forward` is eq. 1 and 2; the encoders alone give posterior means."""
+    """E_A, E_M and D. `forward` is eq. 1 and 2; each encoder gives (mean, logvar)."""
 
-    not_hidden = ("appearance_encoder.door", "motion_encoder.door", "appearance_encoder.head",
+    adam_only = ("appearance_encoder.door", "motion_encoder.door", "appearance_encoder.head",
                   "motion_encoder.head", "decoder.project", "decoder.picture")
 
     def __init__(self, config):
@@ -371,10 +373,8 @@ def generator_loss(fake, kind="nonsaturating"):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer, average=lambda gradient: gradient):
-    """|d rec / d w| / |d adv / d w| at the last layer w: both pull equally hard (Esser 2021).
-
-    `average` takes the mean of a gradient over processes.
-    """
+    """|d rec / d w| / |d adv / d w| at the last layer w: times this, both would pull equally hard
+    (Esser et al., 2021). `average` takes the mean of a gradient over processes."""
     of_rec, of_adv = (average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
                       for loss in (reconstruction, adversarial))
     return (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(max=1e4)

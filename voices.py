@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,7 @@ import numpy as np
 
 import media
 
-ARTICULATORS = ("jaw", "width", "round", "upper")       # 0..1; at rest 0, 0.5, 0, 0
-REST = np.array([0, .5, 0, 0])
+REST = np.array([0, .5, 0, 0])                           # of jaw, width, round, upper lip: 0..1
 CONTROL = 200                                            # control points a second
 WINDOW, HOP = 320, media.RATE // CONTROL                 # of the short-time spectrum
 SILENT = ("_",)
@@ -33,7 +33,7 @@ class Phoneme:
     """One row of the table. Times in seconds, formants in Hz for a tract of length 1."""
     seconds: float
     formants: tuple                  # F1, F2, F3
-    lips: tuple                      # targets of the articulators
+    lips: tuple                      # targets of jaw, width, round, upper
     pull: float = 1.0                # how much it imposes its lips on its neighbours
     voice: float = 1.0               # amplitude of the voiced source
     noise: tuple = (0, 1, 0)         # centre, bandwidth (Hz), amplitude
@@ -42,26 +42,18 @@ class Phoneme:
     lips_shut: bool = False          # shut by the lips: p, b, m
 
 
-def _vowel(f1, f2, f3, *lips, seconds=.12):
-    return Phoneme(seconds, (f1, f2, f3), lips, 1.0)
-
-
+VOWELS = {                               # formants, then lips
+    "i": (280, 2250, 2900, .20, .88, .00, .15), "I": (400, 1950, 2550, .28, .72, .00, .10),
+    "e": (530, 1850, 2500, .45, .70, .00, .15), "E": (610, 1750, 2450, .55, .70, .00, .20),
+    "A": (700, 1650, 2400, .72, .72, .00, .25), "a": (740, 1150, 2450, .92, .52, .00, .20),
+    "V": (620, 1220, 2400, .58, .50, .05, .15), "@": (500, 1450, 2450, .34, .50, .05, .08),
+    "3": (490, 1350, 1690, .34, .40, .35, .15), "o": (500, 850, 2400, .52, .26, .70, .12),
+    "O": (590, 900, 2420, .70, .30, .55, .15), "U": (440, 1050, 2250, .32, .30, .62, .10),
+    "u": (310, 870, 2250, .24, .14, .95, .10),
+}
 PHONEMES = {
     "_": Phoneme(.3, (500, 1500, 2500), tuple(REST), 2.0, voice=0),
-    # vowels          F1    F2    F3    jaw width round upper
-    "i": _vowel(280, 2250, 2900, .20, .88, .00, .15),
-    "I": _vowel(400, 1950, 2550, .28, .72, .00, .10),
-    "e": _vowel(530, 1850, 2500, .45, .70, .00, .15),
-    "E": _vowel(610, 1750, 2450, .55, .70, .00, .20),
-    "A": _vowel(700, 1650, 2400, .72, .72, .00, .25),
-    "a": _vowel(740, 1150, 2450, .92, .52, .00, .20),
-    "V": _vowel(620, 1220, 2400, .58, .50, .05, .15),
-    "@": _vowel(500, 1450, 2450, .34, .50, .05, .08, seconds=.07),
-    "3": _vowel(490, 1350, 1690, .34, .40, .35, .15),
-    "o": _vowel(500, 850, 2400, .52, .26, .70, .12),
-    "O": _vowel(590, 900, 2420, .70, .30, .55, .15),
-    "U": _vowel(440, 1050, 2250, .32, .30, .62, .10),
-    "u": _vowel(310, 870, 2250, .24, .14, .95, .10),
+    **{v: Phoneme(.07 if v == "@" else .12, row[:3], row[3:]) for v, row in VOWELS.items()},
     # lips shut
     "p": Phoneme(.10, (300, 900, 2200), (0, .48, .05, 0), 3, 0, (900, 700, .30), .5, .75, True),
     "b": Phoneme(.10, (300, 900, 2200), (0, .48, .05, 0), 3, .9, (900, 700, .15), 0, .80, True),
@@ -88,11 +80,9 @@ PHONEMES = {
     "w": Phoneme(.07, (300, 700, 2200), (.16, .12, 1.0, .08), 1.8, .75),
     "j": Phoneme(.06, (280, 2200, 2950), (.18, .80, .00, .12), .7, .75),
 }
-VOWELS = ("i", "I", "e", "E", "A", "a", "V", "@", "3", "o", "O", "U", "u")
-NUCLEI = (*[(v,) for v in VOWELS], ("a", "I"), ("e", "I"), ("o", "U"), ("a", "U"), ("O", "I"))
-ONSETS = (*[(c,) for c in "pbmpbmfvtdnkgszSThlrwj"], ("p", "l"), ("b", "r"), ("s", "t"), ("t", "S"),
-          ("k", "w"), ("f", "l"), ("s", "p"), ("d", "Z"), ("D",))
-CODAS = tuple((c,) for c in "pbmfvtdnkgNszSTlr")
+NUCLEI = [*VOWELS, "aI", "eI", "oU", "aU", "OI"]
+ONSETS = [*"pbmpbmfvtdnkgszSThlrwj", "pl", "br", "st", "tS", "kw", "fl", "sp", "dZ", "D"]
+CODAS = "pbmfvtdnkgNszSTlr"
 
 
 @dataclass(frozen=True)
@@ -138,9 +128,9 @@ def random_phonemes(rng, count):
             accent = int(rng.integers(syllables)) if rng.random() < .65 else -1
             for k in range(syllables):
                 stress = float(rng.uniform(.5, 1)) if k == accent else 0.0
-                onset = ONSETS[rng.integers(len(ONSETS))] if rng.random() < .85 else ()
+                onset = ONSETS[rng.integers(len(ONSETS))] if rng.random() < .85 else ""
                 nucleus = NUCLEI[rng.integers(len(NUCLEI))]
-                coda = CODAS[rng.integers(len(CODAS))] if rng.random() < .35 else ()
+                coda = CODAS[rng.integers(len(CODAS))] if rng.random() < .35 else ""
                 said += [(p, stress) for p in (*onset, *nucleus, *coda)]
         said.append(("_", 0.0))
     return said
@@ -164,19 +154,15 @@ def give_times(rng, said, voice, seconds):
 
 def make_speech(rng, seconds, voice=None, phonemes=None, motion_rng=None, silence_share=.03):
     """Speech of `seconds`: exactly round(16000 s) samples and round(25 s) frames.
-
     `phonemes` says what (a list of symbols; else random); another `motion_rng` moves the lips
-    differently for the same sound's phonemes and times. A share of clips is silent throughout.
-    """
+    differently for the same sound's phonemes and times. A share of clips is silent throughout."""
     own = np.random.default_rng(rng.integers(2 ** 63))
     motion_rng = motion_rng or own
     voice = voice or random_voice(rng)
     if rng.random() < silence_share:
-        said = [("_", 0.0)]
-    elif phonemes is None:
-        said = random_phonemes(rng, int(seconds * 16) + 8)
-    else:
-        said = [(p, 0.0) for p in phonemes]
+        phonemes = ["_"]
+    said = random_phonemes(rng, int(seconds * 16) + 8) if phonemes is None else \
+        [(p, 0.0) for p in phonemes]
     segments = give_times(rng, said, voice, seconds)
     sound = synthesise(rng, segments, voice, round(seconds * media.RATE))
     return Speech(sound, *move_lips(motion_rng, segments, seconds), segments, voice)
@@ -186,10 +172,8 @@ def make_speech(rng, seconds, voice=None, phonemes=None, motion_rng=None, silenc
 
 def move_lips(rng, segments, seconds):
     """Articulator tracks with coarticulation. -> lips (N, 4) float32, stress (N,) at frame centres.
-
     Each phoneme pulls towards its targets with a strength that decays from its middle, so that
-    neighbours blend (after Cohen and Massaro, 1993); closed lips then stay closed for their time.
-    """
+    neighbours blend (after Cohen and Massaro, 1993); shut lips then stay shut for their time."""
     m = round(seconds * CONTROL) + 1
     time = np.arange(m) / CONTROL
 
@@ -210,20 +194,17 @@ def move_lips(rng, segments, seconds):
         total[near] += pull * target
         weight[near] += pull
         if phoneme in SILENT and end - start > .12:
-            near = around(start, end, .1)
             shut = _away_from(time[near], start + .07, end - .05, .06)
             open_to[near] = np.minimum(open_to[near], shut)
         elif p.lips_shut:
-            near, until = around(start, end, .2), start + _closed(p, start, end)
-            shut = _away_from(time[near], start, until, .045)
+            shut = _away_from(time[near], start, start + _closed(p, start, end), .045)
             open_to[near] = np.minimum(open_to[near], shut)
         elif accent and phoneme in VOWELS:
             near = around(start, end, 1.0)
             bump = accent * np.exp(-.5 * ((time[near] - middle) / .09) ** 2)
             stress[near] = np.maximum(stress[near], bump)
     lips = total / weight
-    lips[:, 0] *= open_to
-    lips[:, 3] *= open_to
+    lips[:, [0, 3]] *= open_to[:, None]
     at = (np.arange(round(seconds * media.FPS)) + .5) / media.FPS
     lips = np.stack([np.interp(at, time, lips[:, k]) for k in range(4)], 1)
     return np.clip(lips, 0, 1.1).astype(np.float32), np.interp(at, time, stress).astype(np.float32)
@@ -243,11 +224,9 @@ def _away_from(time, start, end, ramp):
 # ---- sound ---------------------------------------------------------------------------------------
 
 def synthesise(rng, segments, voice, samples):
-    """Source and filter, without a loop over samples. -> (T,) float32.
-
-    A pulse train and white noise are cut into overlapping windows; each window's spectrum is
-    multiplied by its phoneme's formants or noise band, and all are added up again.
-    """
+    """Source and filter, without a loop over samples. -> (T,) float32. A pulse train and white
+    noise are cut into overlapping windows; each window's spectrum is multiplied by its phoneme's
+    formants or noise band, and all are added up again."""
     m = samples // HOP + 1 + WINDOW // HOP
     tracks = _controls(rng, segments, voice, m)
     pitch = np.interp(np.arange(m * HOP) / HOP, np.arange(m), tracks["pitch"])
@@ -269,42 +248,31 @@ def synthesise(rng, segments, voice, samples):
     breath = tracks["breath"][:, None] * formants * .012
     sound = _filtered(pulses, voiced) * .06 + _filtered(hiss, band * .35 + breath)
     loudness = np.interp(np.arange(len(sound)) / HOP, np.arange(m), tracks["loudness"])
-    sound = (sound * loudness)[WINDOW // 2:][:samples]
-    return np.tanh(sound).astype(np.float32)
+    return np.tanh((sound * loudness)[WINDOW // 2:][:samples]).astype(np.float32)
 
 
 def _controls(rng, segments, voice, m):
     """Every parameter of the synthesizer at M control points, smoothed as a mouth would."""
     time = (np.arange(m) - WINDOW / HOP / 2) / CONTROL + WINDOW / media.RATE / 2
-    kept = [s for s in segments if s[2] > s[1]]
-    starts = np.array([s[1] for s in kept])
-    which = np.clip(np.searchsorted(starts, time, "right") - 1, 0, len(kept) - 1)
-    table = [PHONEMES[s[0]] for s in kept]
-
-    def column(values):
-        return np.array(values, dtype=np.float64)[which]
-    ends, since = column([s[2] for s in kept]), time - starts[which]
-    shut = column([_closed(p, s[1], s[2]) for p, s in zip(table, kept)])
-    is_shut = (since < shut) & (time < ends)
-    is_stop = column([0 < p.closure < 1 for p in table]) > 0
-    burst = is_stop & (since >= shut) & (since < shut + .025)
-    sounds = ~is_stop | ~is_shut
-    noise = column([p.noise for p in table])
-    noise[:, 2] *= np.where(is_stop, burst, 1.0)
-    nasal = column([p.closure == 1 for p in table]) > 0
-    accent = column([s[3] for s in kept])
+    kept = [(PHONEMES[s], start, end, accent) for s, start, end, accent in segments if end > start]
+    table = np.array([(start, end, accent, _closed(p, start, end), p.closure, p.voice, p.breath,
+                       *p.noise, *p.formants) for p, start, end, accent in kept])
+    which = np.searchsorted(table[:, 0], time, "right") - 1
+    table = table[np.clip(which, 0, len(kept) - 1)]              # (M, 13)
+    start, end, accent, shut, closure, voiced, breath = table[:, :7].T
+    noise, formants, since = table[:, 7:10], table[:, 10:], time - start
+    is_shut, is_stop = (since < shut) & (time < end), (closure > 0) & (closure < 1)
+    noise[:, 2] *= ~is_stop | (since >= shut) & (since < shut + .025)        # a stop's is its burst
     drift = np.convolve(rng.standard_normal(m + 120), np.hanning(121) / 7.7, "valid")[:m]
     octaves = voice.melody * (.8 * _smooth(accent, 31) + drift - .25 * (time / 3 % 1))
     octaves += .006 * rng.standard_normal(m)                     # jitter
     return {
         "pitch": voice.pitch * 2 ** octaves,
-        "formants": np.stack([_smooth(c, 13) for c in column([p.formants for p in table]).T], 1)
-        / voice.tract,
-        "voice": _smooth(column([p.voice for p in table]) * (time < kept[-1][2]), 7),
+        "formants": np.stack([_smooth(c, 13) for c in formants.T], 1) / voice.tract,
+        "voice": _smooth(voiced * (time < kept[-1][2]), 7),
         "noise": np.concatenate([noise[:, :2], _smooth(noise[:, 2], 5)[:, None]], 1),
-        "breath": _smooth((column([p.breath for p in table]) * sounds + voice.breath
-                           * (column([p.voice for p in table]) > 0)), 5),
-        "shut": _smooth(np.where(nasal, .55, is_shut & is_stop), 5),
+        "breath": _smooth(breath * ~(is_stop & is_shut) + voice.breath * (voiced > 0), 5),
+        "shut": _smooth(np.where(closure == 1, .55, is_shut & is_stop), 5),
         "loudness": voice.loudness * np.exp(.35 * drift + .25 * _smooth(accent, 21)),
     }
 
@@ -365,12 +333,8 @@ def augment(sound, rng):
 
 # ---- espeak-ng -----------------------------------------------------------------------------------
 
-IPA = {"i": "i", "ɪ": "I", "ᵻ": "I", "y": "u", "e": "e", "ɛ": "E", "æ": "A", "a": "a", "ɑ": "a",
-       "ɐ": "V", "ʌ": "V", "ə": "@", "ɜ": "3", "ɚ": "3", "o": "o", "ɔ": "O", "ɒ": "O", "ʊ": "U",
-       "u": "u", "ø": "o", "œ": "O", "p": "p", "b": "b", "m": "m", "f": "f", "v": "v", "t": "t",
-       "d": "d", "n": "n", "k": "k", "ɡ": "g", "g": "g", "ŋ": "N", "ɲ": "n", "s": "s", "z": "z",
-       "ʃ": "S", "ʒ": "Z", "ç": "S", "θ": "T", "ð": "D", "h": "h", "x": "h", "l": "l", "ɫ": "l",
-       "r": "r", "ɹ": "r", "ɾ": "d", "ʁ": "r", "w": "w", "j": "j", "ʔ": "t", "β": "b"}
+IPA = dict(zip("iɪᵻyeɛæaɑɐʌəɜɚoɔɒʊuøœpbmfvtdnkɡgŋɲszʃʒçθðhxlɫrɹɾʁwjʔβ",
+               "iIIueEAaaVV@33oOOUuoOpbmfvtdnkggNnszSZSTDhhllrrdrwjtb"))
 _MARKS = "ˈˌːˑ̩̃ʲʰ͡-"
 # espeak-ng's times, measured against its sound: the mouth is on its way before a phoneme's event,
 # and the event of p, t, k is the burst, after the closure
@@ -415,37 +379,31 @@ def espeak(text, voice="en", seed=0):
     for an unknown voice, and for a text in which nothing can be spoken.
 
     A new process says the same again, bit for bit; within one, espeak-ng carries a state from call
-    to call, so that repeats differ by a few samples.
-    """
+    to call, so that repeats differ by a few samples."""
     library, rate = _espeak_library()
     if library.espeak_SetVoiceByName(voice.encode()) != 0:
         raise media.UserError(f"espeak-ng has no voice {voice!r}")
     pieces, heard = [], []
 
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
+                      ctypes.POINTER(_Event))
     def receive(wave, count, events):
         if wave and count > 0:
             pieces.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        k = 0
-        while events[k].type:
-            if events[k].type == 7:
-                name = events[k].name.decode("utf-8", "ignore")
-                heard.append((name, events[k].milliseconds / 1000))
-            k += 1
+        for event in itertools.takewhile(lambda event: event.type, events):
+            if event.type == 7:                                  # a phoneme
+                heard.append((event.name.decode("utf-8", "ignore"), event.milliseconds / 1000))
         return 0
-    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
-                            ctypes.POINTER(_Event))
-    callback = kind(receive)
-    library.espeak_SetSynthCallback(callback)
-    encoded = text.encode()
-    library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, 1, None, None)
+    library.espeak_SetSynthCallback(receive)
+    library.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 1, 0, 1, None, None)
     library.espeak_Synchronize()
     if not pieces or not any(set(name) & set(IPA) for name, _ in heard):
         raise media.UserError(f"{text!r}: espeak-ng finds nothing to say in it")
     sound = _resample(np.concatenate(pieces).astype(np.float32) / 32768, rate)
     sound = np.pad(sound, round(MARGIN * media.RATE))
-    segments = _segments(heard, len(sound) / media.RATE)
-    lips, stress = move_lips(np.random.default_rng(seed), segments, len(sound) / media.RATE)
-    return Speech(sound, lips, stress, segments)
+    seconds = len(sound) / media.RATE
+    segments = _segments(heard, seconds)
+    return Speech(sound, *move_lips(np.random.default_rng(seed), segments, seconds), segments)
 
 
 def _segments(heard, seconds):

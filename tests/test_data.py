@@ -9,6 +9,7 @@ import torch
 import data
 import media
 import toy
+from training import Processes
 
 
 class Numbers:
@@ -20,11 +21,12 @@ class Numbers:
 
 def test_a_batch_is_the_same_however_it_is_split():
     """Six samples on one process are the six of two and of three processes, in order."""
-    whole = data.batch(Numbers(), 1, 5, 6)["x"]
+    whole = data.batch(Numbers(), 1, 5, range(6))["x"]
     for world in (2, 3):
-        parts = [data.batch(Numbers(), 1, 5, 6, rank, world)["x"] for rank in range(world)]
+        parts = [data.batch(Numbers(), 1, 5, Processes(rank, world, "cpu").samples(6))["x"]
+                 for rank in range(world)]
         assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(whole, data.batch(Numbers(), 1, 6, 6)["x"])
+    assert not torch.equal(whole, data.batch(Numbers(), 1, 6, range(6))["x"])
 
 
 def test_frames_of_an_example_are_two_of_one_head():

@@ -9,6 +9,7 @@ import torch
 import curves
 import detector
 import media
+import optim
 import toy
 import training
 from detector import MEDIAPIPE_70, Detector, cut, find, find_all, find_in_crops, locate, whole
@@ -178,7 +179,7 @@ def test_it_learns_one_batch_by_heart(pool):
     """Sixty steps on six heads take the error below a quarter, and tell them from faceless."""
     torch.manual_seed(0)
     model, batch = Detector(), make_batch(pool, 0, 1, 8)
-    optimisers, errors = training.make_optimisers(model, "muon", 2e-3), []
+    optimisers, errors = optim.make_optimisers(model, "muon", 2e-3), []
     for _ in range(60):
         px, heat, sure = detector.loss_terms(model, *batch)
         model.zero_grad(set_to_none=True)
@@ -206,7 +207,7 @@ def test_weights_travel_in_half_precision(tmp_path):
     torch.manual_seed(0)
     model = Detector().eval()
     path = tmp_path / "detector.pt"
-    half = training.Ema(model).half()
+    half = optim.Ema(model).half()
     training.save(path, {"config": asdict(model.config), "weights": half})
     assert all(v.dtype == torch.float16 for v in half.values())
     x = torch.rand(1, 3, 128, 128) * 2 - 1

@@ -1,5 +1,4 @@
 """The VP-SDE, its samplers and the motion model, against closed forms."""
-import dataclasses
 
 import numpy as np
 import pytest
@@ -394,9 +393,3 @@ def test_presets_are_built_and_counted():
                   for name, c in diffusion.PRESETS.items()}
     assert counts == {"toy": 3_485_139, "small": 52_417_843, "base": 607_376_995,
                       "large": 1_550_609_251}
-
-
-def test_a_preset_takes_changes():
-    """`preset` keeps the row of the paper's table and changes what is named."""
-    made = diffusion.preset("small", motion_size=8)
-    assert made == dataclasses.replace(diffusion.PRESETS["small"], motion_size=8)

@@ -14,7 +14,6 @@ from PIL import Image
 import audio
 import curves
 import detector
-import diffusion
 import evaluate
 import media
 import sample

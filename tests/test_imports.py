@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # every module may import those before it in its line of the plan, and nothing else of the house
 MAY = {"media": "", "audio": "media", "landmarks": "", "voices": "media audio",
        "faces": "landmarks", "painter": "landmarks faces",
-       "toy": "media audio landmarks voices faces painter", "training": "media"}
+       "toy": "media audio landmarks voices faces painter", "optim": "media", "training": "media"}
 MAY["curves"] = "media"
 MAY["detector_pictures"] = " ".join(MAY)
 MAY["detector"] = " ".join(MAY)

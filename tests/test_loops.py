@@ -23,25 +23,25 @@ import os, resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 torch.set_num_threads(1)
-import detector, diffusion, media, train_diffusion, train_vae, training, vae
+import detector, diffusion, media, optim, train_diffusion, train_vae, training, vae
 vae.PRESETS["toy"] = vae.VAEConfig(width=32, layers=1, depth=1)
 diffusion.PRESETS["toy"] = diffusion.MotionConfig(width=32, layers=1, token_width=32, pose_width=32)
-train_vae.Judged.unseen.__func__.__defaults__ = train_diffusion.Unseen.__init__.__defaults__ = (2,)
+train_vae.Pairs.unseen.__func__.__defaults__ = train_diffusion.Unseen.__init__.__defaults__ = (2,)
 exec(os.environ.get("PREPARE", ""))
 scripts = {{"vae": train_vae, "diffusion": train_diffusion, "detector": detector}}
 media.run(scripts[sys.argv[1]].main, sys.argv[2:])
 """
 # the process of a rank sends itself a signal in the middle of a step
 SIGNAL = """
-real = training.rate_factor
+real = optim.rate_factor
 def rate_factor(schedule, step, *rest):
     if step == {step} and os.environ["RANK"] == "{rank}":
         os.kill(os.getpid(), signal.{name})
     return real(schedule, step, *rest)
-training.rate_factor = rate_factor
+optim.rate_factor = rate_factor
 """
 # a learning rate beyond all bounds from step 4 on
-EXPLODE = "training.rate_factor = lambda schedule, step, *rest: 1e30 if step > 3 else 1"
+EXPLODE = "optim.rate_factor = lambda schedule, step, *rest: 1e30 if step > 3 else 1"
 FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
 FINE = ["--dtype", "fp64", "--warmup", "2"]
 FLAGS = {"vae": ["--identities", "3", "--frames", "3", *FINE],

@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import wave
 import zlib
 from pathlib import Path
 

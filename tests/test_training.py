@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import media
+import optim
 import training
 
 
@@ -14,10 +15,10 @@ def test_orthogonalise_brings_singular_values_near_one():
     """Newton-Schulz keeps the singular vectors and brings every singular value near 1."""
     matrix = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
     for m in (matrix, matrix.T):
-        values = torch.linalg.svdvals(training.orthogonalise(m).float())
+        values = torch.linalg.svdvals(optim.orthogonalise(m).float())
         assert values.min() > .5 and values.max() < 1.3
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    turned = u.T @ training.orthogonalise(matrix).float() @ v.T
+    turned = u.T @ optim.orthogonalise(matrix).float() @ v.T
     assert (turned - torch.diag(turned.diag())).abs().max() < .1
 
 
@@ -25,8 +26,8 @@ def test_muon_takes_hidden_kernels_and_adam_the_rest():
     """Kernels with at least 32 channels on both sides go to Muon; biases, small and named ones not."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 64, 3),
                                 torch.nn.Linear(64, 64))
-    model.not_hidden = ("2.",)
-    muon, adam = training.make_optimisers(model, "muon", 1e-3)
+    model.adam_only = ("2.",)
+    muon, adam = optim.make_optimisers(model, "muon", 1e-3)
     assert [p.shape for g in muon.param_groups for p in g["params"]] == [(64, 32, 3, 3)]
     assert len(adam.param_groups[0]["params"]) == 5
 
@@ -35,7 +36,7 @@ def test_muon_descends():
     """Muon brings a quadratic down by ten times in sixty steps."""
     torch.manual_seed(0)
     layer, goal = torch.nn.Linear(40, 40, bias=False), torch.randn(40, 40) / 6
-    muon = training.Muon(layer.parameters(), lr=.05)
+    muon = optim.Muon(layer.parameters(), lr=.05)
     losses = []
     for _ in range(60):
         loss = ((layer.weight - goal) ** 2).sum()
@@ -50,7 +51,7 @@ def test_ema_is_the_running_average():
     """weights <- d weights + (1 - d) new, with d growing to its limit as (1 + n) / (10 + n)."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    ema = training.Ema(model, .9)
+    ema = optim.Ema(model, .9)
     torch.nn.init.ones_(model.weight)
     ema.update(model, 0)
     assert ema.weights["weight"].item() == pytest.approx(.9)
@@ -61,11 +62,11 @@ def test_ema_is_the_running_average():
 
 def test_schedules():
     """Warm-up rises linearly; trapezoid falls to zero over the last third; 1e-4 falls as 1/sqrt."""
-    assert training.rate_factor("constant", 0, 0, 10) == pytest.approx(.1)
-    assert training.rate_factor("trapezoid", 99, .5, 10) == 1
-    assert training.rate_factor("trapezoid", 99, 5 / 6, 10) == pytest.approx(.5)
-    assert training.rate_factor("trapezoid", 99, 1, 10) == 0
-    assert training.rate_factor("inverse_sqrt", 399, 0, 100) == pytest.approx(.5)
+    assert optim.rate_factor("constant", 0, 0, 10) == pytest.approx(.1)
+    assert optim.rate_factor("trapezoid", 99, .5, 10) == 1
+    assert optim.rate_factor("trapezoid", 99, 5 / 6, 10) == pytest.approx(.5)
+    assert optim.rate_factor("trapezoid", 99, 1, 10) == 0
+    assert optim.rate_factor("inverse_sqrt", 399, 0, 100) == pytest.approx(.5)
 
 
 def test_budget_counts_steps_or_minutes():
