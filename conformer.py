@@ -136,7 +136,7 @@ class ConformerBlock(nn.Module):
 
 
 class Conformer(nn.Module):
-    """A stack of blocks.
+    """A stack of blocks, `sizes` as theirs.
 
     forward: x (B, N, D), time (B, D), speech (B, N, D), tokens (B, L, E), mask (B, N) bool or None
     -> (B, N, D).

@@ -7,9 +7,9 @@ import conformer
 WIDTH, TOKEN = 16, 8
 
 
-def make(layers=2, **changes):
+def make(layers=2, dropout=0.0):
     torch.manual_seed(0)
-    model = conformer.Conformer(layers, WIDTH, 2, 2, 5, TOKEN, **changes)
+    model = conformer.Conformer(layers, WIDTH, 2, 2, 5, TOKEN, dropout)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(.05 * torch.randn_like(p))
