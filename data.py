@@ -245,10 +245,10 @@ def _write_toy(k, seed, seconds, size, out):
 def _begin(path, recipe):
     """Start or go on with a folder; UserError where it holds clips of another recipe."""
     try:
-        held = json.loads(path.read_text())
+        held = dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return _write_index(path, recipe | {"clips": []})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise media.UserError(f"{path}: cannot be read ({error}); choose another --out") from error
     if {k: held.get(k) for k in recipe} != recipe:
         raise media.UserError(f"{path.parent}: holds clips made with other flags; choose another "

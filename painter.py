@@ -278,8 +278,8 @@ class Painter:
     def _brow(self, p, side):
         """A brow as thick as the identity's, thinner outwards. p (N, 5, 2), side -1 or 1."""
         thick = self.unit * (.055 + .025 * self.identity.shape["brow_thick"])
-        taper, line = np.linspace(*((.45, 1) if side < 0 else (1, .45)), 13), smooth(p)
-        offset = np.stack([np.zeros(13), taper * thick], -1)
+        taper = np.linspace(.45, 1, 13) if side < 0 else np.linspace(1, .45, 13)
+        line, offset = smooth(p), np.stack([np.zeros(13), taper * thick], -1)
         return np.concatenate([line - offset, (line + offset)[:, ::-1]], 1)
 
     # ---- one frame -------------------------------------------------------------------------------

@@ -361,6 +361,8 @@ def main(argv=None):
     if args.seconds < .2 or args.size < 32 or args.seed < 0:
         raise media.UserError("toy.py wants --seconds of 0.2 or more, --size of 32 or more and a "
                               "--seed that is not negative")
+    if sum(map(bool, (args.say, args.instruct, args.defect))) > 1:
+        raise media.UserError("toy.py takes one of --say, --instruct and --defect")
     if args.sheet:
         heads = [make_portraits(args.seed + k, 1, args.size)[0][0] for k in range(64)]
         media.write_image(args.sheet, media.grid(np.stack(heads), 8))

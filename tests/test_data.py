@@ -135,6 +135,8 @@ def test_broken_data_sets_are_named(folder, tmp_path):
     (tmp_path / "index.json").write_text("[]")
     with pytest.raises(media.UserError, match="index.json"):
         data.clip_paths(tmp_path)
+    with pytest.raises(media.UserError, match="other flags"):
+        data.main(["toy", "--clips", "1", "--out", str(tmp_path)])
     with pytest.raises(media.UserError, match="none.npz"):
         data.read_clip(Path(tmp_path) / "none.mp4")
     with pytest.raises(media.UserError, match="64x64"):
@@ -144,3 +146,16 @@ def test_broken_data_sets_are_named(folder, tmp_path):
     with pytest.raises(media.UserError, match="other flags"):
         data.main(["toy", "--clips", "2", "--seconds", "1", "--size", "64", "--seed", "5",
                    "--out", str(folder)])
+
+
+def test_clips_whose_frames_are_not_valid(folder, tmp_path):
+    """A clip whose first frame is not valid is refused; one with a single valid frame is left out."""
+    paths = [tmp_path / path.name for path in data.clip_paths(folder)]
+    for path, valid in zip(paths, ([False] + [True] * 24, [True] + [False] * 24)):
+        held = data.read_clip(folder / path.name)
+        (tmp_path / path.name).write_bytes((folder / path.name).read_bytes())
+        np.savez(path.with_suffix(".npz"), **(held | {"valid": np.array(valid)}))
+    (tmp_path / "index.json").write_text(json.dumps({"clips": [path.name for path in paths]}))
+    with pytest.raises(media.UserError, match="toy_000000.*not valid"):
+        data.clip_motion(0, paths, 64)
+    assert len(data.ClipFrames(tmp_path, 64, stride=5).pictures) == 1

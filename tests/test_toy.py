@@ -273,7 +273,8 @@ def test_close_portraits_turn_as_little_as_in_a_clip():
 
 
 @pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--size", "8"], ["--instruct", "dance"],
-                                       ["--defect", "ugly"]])
+                                       ["--defect", "ugly"],
+                                       ["--say", "mama", "--defect", "mask"]])
 def test_bad_arguments(arguments, tmp_path):
     """toy.py refuses what it cannot draw, in one line, and writes nothing."""
     out = tmp_path / "toy.mp4"

@@ -73,7 +73,8 @@ def test_budget_counts_steps_or_minutes():
     """A budget is in steps or in minutes over all parts of a run, and never in both or neither."""
     assert training.Budget(steps=10).share(5) == .5
     assert training.Budget(minutes=2, spent=1).share(0) == pytest.approx(.5, abs=.01)
-    for wrong in ({}, {"steps": 1, "minutes": 1}, {"steps": -1}):
+    for wrong in ({}, {"steps": 1, "minutes": 1}, {"steps": -1}, {"steps": 0}, {"minutes": 0},
+                  {"minutes": float("nan")}):
         with pytest.raises(media.UserError):
             training.Budget(**wrong)
 
@@ -148,3 +149,46 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     """Weights of another shape end in one error that names the file."""
     with pytest.raises(media.UserError, match="x.pt"):
         training.load_weights(torch.nn.Linear(2, 2), {"weight": torch.ones(3, 3)}, "x.pt")
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(tmp_path):
+    """Weights, EMA and step come back, in the new run's dtype; another seed or preset is refused."""
+    def make(dtype):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2).to(dtype=dtype)
+        return model, optim.make_optimisers(model, "adam", 1e-3), optim.Ema(model)
+    model, chosen, ema = make(torch.float64)
+    last = tmp_path / "last.pt"
+    training.save(last, {"model": {k: v + 1 for k, v in model.state_dict().items()}, "seed": 3,
+                         "preset": "toy", "ema": ema.weights, "step": 7, "minutes": 2.5,
+                         "optimisers": [o.state_dict() for o in chosen]})
+    other, chosen, ema = make(torch.float32)
+    step, minutes, held = training.resume(last, {"model": other}, chosen, ema, {"seed": 3})
+    assert (step, minutes, held["preset"]) == (7, 2.5, "toy")
+    torch.testing.assert_close(other.weight, model.weight.float() + 1)
+    assert all(v.dtype == torch.float32 for v in ema.weights.values())
+    with pytest.raises(media.UserError, match="another seed or preset"):
+        training.resume(last, {"model": other}, chosen, ema, {"seed": 4, "preset": "toy"})
+    assert training.resume(last, {}, chosen, ema, {"seed": 4}, fresh=True) == (0, 0.0, {})
+    assert not last.exists()
+
+
+def test_an_update_clips_steps_and_clears_and_refuses_what_is_no_number(tmp_path):
+    """Plain descent along the gradient cut to norm 1; a NaN gradient moves nothing."""
+    model = torch.nn.Linear(1, 2, bias=False)
+    before, descent = model.weight.detach().clone(), torch.optim.SGD(model.parameters(), 1.0)
+    model.weight.grad = torch.tensor([[3.0], [4.0]])
+    assert optim.update(model, [descent], 0, "last.pt") == pytest.approx(5)
+    torch.testing.assert_close(before - model.weight, torch.tensor([[.6], [.8]]))
+    assert model.weight.grad is None
+    model.weight.grad = torch.full((2, 1), float("nan"))
+    with pytest.raises(media.UserError, match="step 9.*not a number.*last.pt"):
+        optim.update(model, [descent], 9, "last.pt")
+    assert model.weight.isfinite().all()
+
+
+def test_samples_of_a_process():
+    """Twelve samples on three processes in two parts; a batch that cannot be cut is refused."""
+    assert training.Processes(1, 3, "cpu").samples(12, 2) == range(4, 8)
+    with pytest.raises(media.UserError, match="--batch 10"):
+        training.Processes(0, 3, "cpu").samples(10)

@@ -280,6 +280,14 @@ def test_the_command_writes_a_sound(tmp_path):
     assert len(media.read_sound(tmp_path / "v.wav")) == media.RATE
 
 
+@pytest.mark.parametrize("flags", [["--seconds", "0"], ["--seed", "-1"]])
+def test_bad_flags_take_one_line(flags, tmp_path):
+    """No length, no negative seed; nothing is written."""
+    with pytest.raises(media.UserError, match=flags[0]):
+        voices.main([*flags, "--out", str(tmp_path / "v.wav")])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def espeak():
     pytest.importorskip("espeakng_loader")
