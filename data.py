@@ -65,8 +65,8 @@ class Frames:
 
 
 class ToyFrames(Frames):
-    """Rendered identities in `frames` poses each, made while training goes on. Every other head
-    keeps its poses as close as in a clip, the rest turn as far as heads do."""
+    """Rendered identities in `frames` poses each, made while training goes on. Four of five heads
+    keep their poses as close as in a clip, the rest turn as far as heads do."""
 
     def __init__(self, seed=0, identities=4000, frames=8, size=128, workers=None, per_step=.8):
         if seed < 0 or identities < 1 or frames < 2:
@@ -86,7 +86,7 @@ class ToyFrames(Frames):
 
 
 def _portraits(k, seed, frames, size):
-    return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 2 == 1)
+    return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 5 > 0)
 
 
 class ClipFrames(Frames):

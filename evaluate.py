@@ -366,7 +366,7 @@ def frechet(a, b):
     return ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
 
 
-def score_samplers(models, finder, clips, how):
+def score_samplers(models, finder, clips, how, seeds=8):
     """Rows of `lip_r_mean8`, distance of motion statistics and seconds, for each sampler and number
     of steps, on a window of each clip with 8 seeds.
 
@@ -374,7 +374,7 @@ def score_samplers(models, finder, clips, how):
     over their movement from frame to frame; the distance is Fréchet's. `truth` is the distance
     between two halves of the true clips.
     """
-    n, seeds = min(models.motion.config.window, len(clips[0][0])), 8
+    n = min(models.motion.config.window, len(clips[0][0]))
     prepared, true, opening = [], [], []
     for clip, frames in clips:
         z_a, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])

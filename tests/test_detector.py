@@ -196,7 +196,8 @@ def test_the_command_leaves_every_file(tmp_path, monkeypatch, capsys):
     detector.main(["--identities", "2", "--batch", "4", "--workers", "0", "--device", "cpu",
                    "--steps", "3", "--out", str(tmp_path)])
     assert "detector_px" in capsys.readouterr().out
-    assert [r["step"] for r in curves.read_log(tmp_path / "log.csv")] == [0, 1, 2]
+    rows = curves.read_log(tmp_path / "log.csv")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3] and rows[-1]["unseen"] > 0
     for name in ("last.pt", "detector.pt", "curve.png", "grid.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert (tmp_path / "detector.pt").stat().st_size < 4e6
