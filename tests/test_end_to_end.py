@@ -209,8 +209,8 @@ def test_the_table_of_samplers(monkeypatch):
     table = evaluate.score_samplers(models, finder, [evaluate.held_out(101)], "predict", seeds=2)
     rows = {(r["sampler"], r["steps"]): r for r in table["rows"]}
     assert len(rows) == 8 and all(r["seconds"] > 0 for r in rows.values())
-    assert rows["dpmpp_2m", 8]["lip_r_mean8"] > .5
-    assert rows["dpmpp_2m", 8]["distance"] < rows["dpmpp_2m", 1]["distance"]
+    assert rows["dpmpp_2m", 8]["lip_r_mean8"] > max(.5, rows["dpmpp_2m", 1]["lip_r_mean8"])
+    assert rows["euler_maruyama", 8]["distance"] < rows["euler_maruyama", 1]["distance"]
 
 
 def test_the_sheet_of_identities(tmp_path):
