@@ -29,7 +29,8 @@ from torch import nn
 from conformer import Conformer
 
 LAST = 1e-3                      # solvers go from t = 1 to here, then ẑ_0 is the result
-DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training samples
+DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .2, .5          # shares of training samples
+FADE = 6                         # frames over which a window takes over from the one before
 POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
 
 
@@ -378,10 +379,12 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
 
     speech (B, N, d_s), reference (B, 3, h, w) normalised, pose (B, N, 3) degrees or None: free;
     one seed a row of the batch. Yields (B, n, 3, h, w), normalised, until N frames are out.
+    A window begins where the one before would have gone on, and leaves that over FADE frames: what
+    is left of the noise in given and in new frames differs, and would show as a jerk.
     """
     assert len(seeds) == len(speech), "one seed a row"
     c, tokens = model.config, model.tokens(reference)
-    before = reference.new_zeros(len(reference), 0, *reference.shape[1:])     # the motion so far
+    before = goes_on = reference.new_zeros(len(reference), 0, *reference.shape[1:])
     for k, (first, kept, stop, end) in enumerate(windows(speech.shape[1], c)):
         shape = (end - first, c.motion_channels, c.motion_size, c.motion_size)
         keys = [torch.Generator().manual_seed(_key(seed, k)) for seed in seeds]
@@ -398,7 +401,10 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
         def denoise(z, t):
             t = t.float().to(z.device).expand(len(z))
             return model.denoise(z, t, condition, tokens, prefix)
-        made = solve(denoise, z_1, sampler, steps, sde, noise)[:, kept - first:stop - first]
+        made = solve(denoise, z_1, sampler, steps, sde, noise)[:, kept - first:]
+        for f, old in enumerate(goes_on.unbind(1)[:made.shape[1]]):
+            made[:, f] = old.lerp(made[:, f], (f + 1) / (goes_on.shape[1] + 1))
+        made, goes_on = made[:, :stop - kept], made[:, stop - kept:][:, :FADE]
         before = torch.cat([before, made], 1)[:, -c.prefix:]
         yield made
 
