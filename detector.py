@@ -328,9 +328,11 @@ def arguments(argv):
     p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     p.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
     args = p.parse_args(argv)
-    if args.batch < 4 or args.identities < 1 or args.every < 1 or args.seed < 0:
+    if args.batch < 4 or min(args.identities, args.every) < 1 or args.seed < 0 or \
+            not 0 < args.lr <= 1:
         raise media.UserError("detector.py wants --batch of at least 4, --identities and --every "
-                              "of at least 1, and a --seed that is not negative")
+                              "of at least 1, --lr above 0 and at most 1, and a --seed that is not "
+                              "negative")
     if args.steps is None and args.minutes is None:
         args.minutes = 10.0
     training.Budget(args.steps, args.minutes)                   # refuses what is none

@@ -73,10 +73,10 @@ def score(values, **beside):
     return {"value": values.mean(), "low": low, "high": high} | beside
 
 
-def psnr(a, b, axis=None):
+def psnr(a, b):
     """10 log10(4 / MSE) of uint8 pictures, on the scale [-1, 1]."""
     difference = (a.astype(np.float32) - b) / 127.5
-    return 10 * np.log10(4 / np.maximum((difference ** 2).mean(axis), 1e-10))
+    return 10 * np.log10(4 / np.maximum((difference ** 2).mean(), 1e-10))
 
 
 def psnr_in(a, b, boxes):
@@ -366,7 +366,7 @@ def frechet(a, b):
     return ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
 
 
-def score_samplers(models, finder, clips, how, seeds=8):
+def score_samplers(models, finder, clips, how):
     """Rows of `lip_r_mean8`, distance of motion statistics and seconds, for each sampler and number
     of steps, on a window of each clip with 8 seeds.
 
@@ -374,7 +374,7 @@ def score_samplers(models, finder, clips, how, seeds=8):
     over their movement from frame to frame; the distance is Fréchet's. `truth` is the distance
     between two halves of the true clips.
     """
-    n = min(models.motion.config.window, len(clips[0][0]))
+    n, seeds = min(models.motion.config.window, len(clips[0][0])), 8
     prepared, true, opening = [], [], []
     for clip, frames in clips:
         z_a, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])

@@ -134,10 +134,10 @@ def together(processes, last):
             dist.destroy_process_group()
 
 
-def generator(*key, device="cpu"):
+def generator(*key):
     """A torch generator keyed by whole numbers, such as (seed, step, global sample index)."""
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
-    return torch.Generator(device).manual_seed(int(state[0]) << 32 | int(state[1]))
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -172,10 +172,10 @@ def settle(args, recipe, minutes):
     if args.steps is None and args.minutes is None:
         args.minutes = minutes
     Budget(args.steps, args.minutes)
-    if min(args.batch, args.accumulate, args.every, args.lr) <= 0 or \
+    if min(args.batch, args.accumulate, args.every) <= 0 or not 0 < args.lr <= 1 or \
             min(args.seed, args.warmup) < 0:
-        raise media.UserError("--batch, --accumulate, --every and --lr must be above zero, --seed "
-                              "and --warmup not negative")
+        raise media.UserError("--batch, --accumulate and --every must be above zero, --lr above 0 "
+                              "and at most 1, --seed and --warmup not negative")
 
 
 # ---- budget and interruption ---------------------------------------------------------------------

@@ -150,6 +150,15 @@ def test_the_whole_road_in_miniature(tmp_path):
     assert len(list(media.read_video(runs / "out.mp4"))) == 25
 
 
+@pytest.mark.parametrize("script", [detector, train_vae, train_diffusion])
+@pytest.mark.parametrize("rate", ["0", "-1", "1e300", "nan"])
+def test_learning_rates_that_are_none(script, rate, tmp_path):
+    """--lr lies above 0 and is at most 1; nothing is written for another."""
+    with pytest.raises(media.UserError, match="--lr"):
+        script.main(["--lr", rate, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flags, named", [
     (["--image", "none.png"], "none.png"), (["--audio", "none.wav"], "none.wav"),
     (["--image", "."], "folder"), (["--audio", "assets/face.png"], "face.png"),
@@ -206,10 +215,11 @@ def test_the_table_of_samplers(monkeypatch):
     """Every sampler and number of steps has its row; many steps are nearer to the truth than one."""
     monkeypatch.setattr(evaluate, "SAMPLER_STEPS", (1, 8))
     models, finder = sample.load_models(SHIPPED, "cpu"), detector.load()
-    table = evaluate.score_samplers(models, finder, [evaluate.held_out(101)], "predict", seeds=2)
+    table = evaluate.score_samplers(models, finder, [evaluate.held_out(101)], "predict")
     rows = {(r["sampler"], r["steps"]): r for r in table["rows"]}
     assert len(rows) == 8 and all(r["seconds"] > 0 for r in rows.values())
     assert rows["dpmpp_2m", 8]["lip_r_mean8"] > max(.5, rows["dpmpp_2m", 1]["lip_r_mean8"])
+    assert rows["dpmpp_2m", 8]["distance"] < rows["dpmpp_2m", 1]["distance"]
     assert rows["euler_maruyama", 8]["distance"] < rows["euler_maruyama", 1]["distance"]
 
 

@@ -197,11 +197,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(script, stopped, tmp_path):
 
 
 @pytest.mark.parametrize("script", LOOPS)
-def test_a_loss_that_is_not_a_number_is_not_saved(script, stopped, tmp_path):
-    """A learning rate beyond all bounds in step 4 ends in a message in step 5; step 4 stays saved."""
+def test_a_loss_that_is_not_a_number_is_not_saved(script, whole, stopped, tmp_path):
+    """A learning rate beyond all bounds in step 4 ends in a message in step 5; the checkpoint of
+    step 4 stays what it was, and goes on."""
     stopped(script, tmp_path)
     told, = train(script, tmp_path, *STEPS, prepare=EXPLODE, expect=[2])
     line = told.strip().splitlines()[-1]
     assert line.startswith("error: step 5: ") and "not a number" in line, told
     held = training.load(tmp_path / "last.pt")
     assert held["step"] == 4 and all(v.isfinite().all() for v in held["model"].values())
+    train(script, tmp_path, *STEPS)
+    assert apart(whole(script), tmp_path) == (0, 0)
