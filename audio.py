@@ -51,8 +51,10 @@ def log_mel(wave):
     needed = n * SAMPLES + WINDOW
     padded = F.pad(wave, (before, max(0, needed - before - len(wave))))[:needed]
     pieces = padded.unfold(0, WINDOW, STEP)[:n * STACK]                      # (4N, 400)
-    spectra = torch.fft.rfft(pieces * torch.hann_window(WINDOW), 512).abs() ** 2
-    mel = (spectra @ mel_filters()).clamp(min=1e-5).log()                    # (4N, 80)
+    window, filters = torch.hann_window(WINDOW), mel_filters()
+    power = [(torch.fft.rfft(part * window, 512).abs() ** 2) @ filters for part in
+             pieces.split(4000)]                                             # 40 s at a time
+    mel = torch.cat(power).clamp(min=1e-5).log()                             # (4N, 80)
     return ((mel - np.log(1e-5)) / 6 - 1).reshape(n, STACK * BANDS)
 
 

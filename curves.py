@@ -9,6 +9,7 @@ own, and the first command reads it too.
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import time
@@ -32,14 +33,22 @@ class Log:
         rows = [r for r in read_log(path) if r["step"] < step] if step else []
         write_rows(path, self.columns, rows)
         self.file, self.since = open(path, "a", newline=""), (time.monotonic(), 0, 0.0)
-        self.flush, self.close = self.file.flush, self.file.close
 
     def write(self, items, **values):
         """A row; `items` is how many pictures or frames the step took."""
         start, before, waited = self.since
         self.since = start, before + items, waited + values.get("wait", 0)
         row = [values.get(c, "") for c in self.columns]
-        csv.writer(self.file).writerow([f"{v:.12g}" if isinstance(v, float) else v for v in row])
+        with media.writing(self.path):
+            csv.writer(self.file).writerow(f"{v:.12g}" if isinstance(v, float) else v for v in row)
+
+    def flush(self):
+        with media.writing(self.path):
+            self.file.flush()
+
+    def close(self):                                    # on a full disk the error before counts
+        with contextlib.suppress(OSError):
+            self.file.close()
 
     def pace(self, what):
         """How fast the steps since the last call were, in words."""

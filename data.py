@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,9 @@ def read_clip(path):
         arrays["landmarks"] = arrays["landmarks"].astype(np.float32)
         arrays["pose"] = arrays["pose"].astype(np.float32)
         arrays.setdefault("valid", np.ones(len(arrays["landmarks"]), dtype=bool))
-    except (OSError, KeyError, ValueError) as error:
+        if not len(arrays["landmarks"]) == len(arrays["pose"]) == len(arrays["valid"]):
+            raise ValueError("landmarks, pose and valid are not of one length")
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise media.UserError(f"{path}: not the numbers of a clip ({error}); make it again"
                               ) from error
     return arrays

@@ -352,32 +352,36 @@ def main(argv=None):
                                      same={"seed": args.seed}, fresh=args.fresh)
 
     # ---- data ----
+    budget = training.Budget(args.steps, args.minutes, spent)
     seeds = [toy.training_seed(args.seed, k) for k in range(args.identities)]
     pool = toy.in_parallel(pool_item, seeds, args.workers, "heads")
     unseen, truth = held_out_frames()
     batches = training.ahead(lambda at: make_batch(pool, args.seed, at, args.batch), step, device)
-    budget = training.Budget(args.steps, args.minutes, spent)
+    if args.fresh:
+        last.unlink(missing_ok=True)
     log = curves.Log(out / "log.csv", COLUMNS, step)
     shadow = Detector().to(device, memory_format=torch.channels_last).eval()
 
     def report():
-        """Save, draw, and measure the EMA on the held-out heads."""
+        """Measure the EMA on the held-out heads, draw, and save."""
+        shadow.load_state_dict(ema.weights)
+        found, sure = look(shadow, unseen)
+        error, certain = float(point_error(found, truth).mean()), float((sure > SURE).mean())
+        optim.check_finite(error, step, last)
+        log.write(0, step=step, minutes=budget.spent(), unseen=error)
+        log.flush()
         state = {"config": asdict(model.config), "model": model.state_dict(), "ema": ema.weights,
                  "optimisers": [o.state_dict() for o in optimisers], "step": step,
                  "minutes": budget.spent(), "seed": args.seed}
         training.save(last, state)
         training.ship(shipped, {"config": asdict(model.config), "weights": ema.half()},
                       seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
-        shadow.load_state_dict(ema.weights)
-        found, sure = look(shadow, unseen)
         media.write_image(out / "grid.png", drawn_points(unseen[::16], found[::16]))
-        error, certain = float(point_error(found, truth).mean()), float((sure > SURE).mean())
-        log.write(0, step=step, minutes=budget.spent(), unseen=error)
-        log.flush()
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:-1])
         return error, certain
 
     # ---- the loop ----
+    budget.begin(spent)                                     # what is made again was paid for
     with training.progress("detector") as bar, training.stop_on_signals() as stop, \
             contextlib.closing(log), contextlib.closing(batches):
         while (share := budget.share(step)) < 1 and not stop:

@@ -167,6 +167,10 @@ class MotionConfig:
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, thrown away: they lack the speech that follows
 
+    def __post_init__(self):
+        if not 0 <= self.prefix + self.ahead < self.window or min(self.prefix, self.ahead) < 0:
+            raise ValueError("a window must be longer than its prefix and what it throws away")
+
     @property
     def values(self):
         """Numbers in one frame's motion."""

@@ -31,6 +31,10 @@ class UserError(Exception):
     """Something a user can put right; shown as one line, `error: ...`, and exit status 2."""
 
 
+class TooLarge(UserError):
+    """A picture that would not fit into memory."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors take the house's form: one line, no usage text, exit status 2."""
 
@@ -93,20 +97,36 @@ def _beside(path):
 
 
 @contextlib.contextmanager
+def writing(path):
+    """OSError becomes UserError, naming the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path beside `path`; rename it on success, delete it on failure: `path` is
-    either the whole new file or what it was before. OSError becomes UserError, naming the file."""
+    either the whole new file or what it was before."""
     path = Path(path)
     temporary = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(path):
+    """UserError where a file could not be written."""
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _beside(Path(path)).touch()
+        _beside(Path(path)).unlink()
 
 
 def write_image(path, picture):
@@ -132,14 +152,13 @@ def write_sound(path, sound, rate=RATE):
 
 def check_file(path):
     """UserError for what is missing, a folder, empty or not to be read."""
-    path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file in it")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file, or its folder may not be entered")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: may not be read; check its permissions")
-    if path.stat().st_size == 0:
+    if os.path.getsize(path) == 0:
         raise UserError(f"{path}: the file is empty")
 
 
@@ -151,16 +170,24 @@ def read_image(path):
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None             # ours is below
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MEGAPIXELS * 10 ** 6:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels, over "
-                                f"{MEGAPIXELS} megapixels; make it smaller")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            _check_size(path, image)
+            with contextlib.suppress(Exception):         # a broken EXIF turns nothing
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
     except UnidentifiedImageError:
         return _first_frame(path)
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+    except UserError:
+        raise
+    except Exception as error:                           # Pillow raises a dozen kinds
         raise UserError(f"{path}: a broken picture ({_reason(error)}); save it again") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(path, picture):
+    if picture.width * picture.height > MEGAPIXELS * 10 ** 6:
+        raise TooLarge(f"{path}: {picture.width}x{picture.height} pixels, over {MEGAPIXELS} "
+                       "megapixels; make it smaller")
 
 
 def _to_rgb(image):
@@ -184,6 +211,8 @@ def _first_frame(path):
         raise UserError(f"{path}: a HEIC picture, as phones take; save it as jpg")
     try:
         frame = next(read_video(path))
+    except TooLarge:
+        raise
     except (UserError, StopIteration) as error:
         raise UserError(f"{path}: neither a picture nor a video (it begins {begin!r}); "
                         "use a png or jpg") from error
@@ -281,6 +310,7 @@ def read_video(path):
     player shows in the middle of [k / 25, (k + 1) / 25); there are round(25 seconds) of them,
     whatever the source's own rate."""
     with _opened(path, "video") as (container, stream):
+        _check_size(path, stream)
         stream.thread_type = "AUTO"
         frames = _decoded(path, container, stream)
         yield from map(_upright, _at_25(frames, float(stream.average_rate or FPS)))
@@ -312,6 +342,11 @@ def _upright(frame):
 
 # ---- video, written ------------------------------------------------------------------------------
 
+def partial(path):
+    """Where an interrupted video goes."""
+    return Path(path).with_suffix(f".partial{Path(path).suffix}")
+
+
 class VideoWriter:
     """Writes H.264 and AAC frame by frame, 25 a second; a context manager.
 
@@ -330,7 +365,7 @@ class VideoWriter:
         self.frames = self.samples = 0
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise UserError(f"{path}: a video's name ends in one of {' '.join(VIDEO_SUFFIXES)}")
-        if self.path.is_dir():
+        if os.path.isdir(path):
             raise UserError(f"{path}: is a folder; name a file in it")
         self.temporary = _beside(self.path)
 
@@ -383,7 +418,7 @@ class VideoWriter:
             if kind is None:
                 self._finish(self.path, 0 if self.sound is None else len(self.sound))
             elif issubclass(kind, KeyboardInterrupt) and self.frames:
-                part = self.path.with_suffix(f".partial{self.path.suffix}")
+                part = partial(self.path)
                 self._finish(part, 0)
                 print(f"\nnote: stopped; the {self.frames} frames that were done are in {part}",
                       file=sys.stderr)

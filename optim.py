@@ -98,15 +98,21 @@ def update(model, optimisers, step, last, most=1.0, ema=None):
     """Clip the gradient to norm `most`, step, clear it, average the weights. Returns the norm;
     UserError where it is not a number."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-    if not torch.isfinite(norm):
-        raise media.UserError(f"step {step}: the loss is not a number any more; {last} holds the "
-                              "last good weights, if any were saved; lower --lr")
+    check_finite(norm, step, last)
     for optimiser in optimisers:
         optimiser.step()
         optimiser.zero_grad()
     if ema:
         ema.update(model, step)
     return norm.item()
+
+
+def check_finite(value, step, last):
+    """The value; UserError, before anything is saved, where it is not a number."""
+    if not math.isfinite(value):
+        raise media.UserError(f"step {step}: the loss is not a number any more; {last} holds the "
+                              "last good weights, if any were saved; lower --lr")
+    return value
 
 
 class Ema:

@@ -55,8 +55,9 @@ def load_models(folder, device, wav2vec2=None):
     path = find(folder, "motion.pt", "diffusion")
     motion, held = training.load_model(diffusion.MotionModel, diffusion.MotionConfig, path, device)
     try:
-        mean, std = (torch.tensor(held[k]).view(-1, 1, 1).to(device) for k in ("mean", "std"))
-    except (KeyError, TypeError, ValueError) as error:
+        mean, std = (torch.tensor(held[k]).view(vae.config.latent, 1, 1).to(device)
+                     for k in ("mean", "std"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise media.UserError(f"{path}: its latents' mean and std are missing") from error
     if held.get("vae") != training.fingerprint(vae):
         raise media.UserError(f"{path}: was trained on another VAE's latents; train_diffusion.py "
@@ -71,7 +72,7 @@ def load_models(folder, device, wav2vec2=None):
 def find(folder, name, run):
     """FOLDER/name as shipped, or FOLDER/run/name as `make train` leaves it."""
     for path in (folder / name, folder / run / name):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     raise media.UserError(f"{folder}: no {name} in it; train one, or leave --checkpoint out")
 
@@ -143,7 +144,8 @@ def arguments(argv):
         raise media.UserError(f"--seed {args.seed}: must not be negative")
     if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg"):
         raise media.UserError(f"--sheet {args.sheet}: a picture's name ends in .png or .jpg")
-    outputs = [path for path in (args.out, args.sheet) if path and os.path.exists(path)]
+    outputs = [path for path in (args.out, media.partial(args.out), args.sheet)
+               if path and os.path.exists(path)]
     for given, made in itertools.product((args.image, args.audio), outputs):
         if os.path.exists(given) and os.path.samefile(given, made):
             raise media.UserError(f"{made}: is an input too; choose another name")
@@ -153,6 +155,8 @@ def arguments(argv):
 def main(argv=None, quiet=False):
     began = time.monotonic()
     args = arguments(argv)
+    if args.sheet:
+        media.check_writable(args.sheet)
     picture = media.read_image(args.image)
     sound = media.read_sound(args.audio)
     models = load_models(args.checkpoint, args.device, args.wav2vec2)

@@ -178,6 +178,7 @@ def read_opening(motions):
     return torch.linalg.solve(gram, z.T @ torch.tensor(opening, dtype=torch.float64)).float()
 
 
+@training.together()
 def main(argv=None):
     # ---- arguments, device, processes ----
     args, recipe = arguments(argv)
@@ -232,11 +233,18 @@ def main(argv=None):
         lengths = drawn["mask"].sum(1).tolist()
         return drawn | diffusion.draw_batch(args.seed, at, samples, lengths, config)
     batches = training.ahead(prepare, step, device)
+    if args.fresh:
+        last.unlink(missing_ok=True)
     log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
     shadow = diffusion.MotionModel(config).to(device).eval()
 
     def report():
-        """Save, draw, and let the EMA speak on unseen heads."""
+        """Let the EMA speak on unseen heads, draw, and save."""
+        shadow.load_state_dict(ema.weights)
+        made, r, gain = unseen.speak(shadow)
+        optim.check_finite(made.abs().max(), step, last)
+        log.write(0, step=step, minutes=budget.spent(), lip_r=float(r), lip_gain=float(gain))
+        log.flush()
         statistics = {"mean": motions.mean, "std": motions.std}
         training.save(last, statistics | {
             "preset": args.preset, "vae": vae_is, "config": dataclasses.asdict(config),
@@ -248,11 +256,7 @@ def main(argv=None):
             "vae": vae_is,
             "mean": motions.mean.flatten().tolist(), "std": motions.std.flatten().tolist()},
             seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
-        shadow.load_state_dict(ema.weights)
-        made, r, gain = unseen.speak(shadow)
         media.write_image(out / "grid.png", unseen.grid(made))
-        log.write(0, step=step, minutes=budget.spent(), lip_r=float(r), lip_gain=float(gain))
-        log.flush()
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6], args.compare,
                            "diffusion")
         tqdm.write(f"step {step}: {budget.spent():.1f} min, {len(motions.items)} clips, lips of "
@@ -261,9 +265,9 @@ def main(argv=None):
 
     # ---- the loop ----
     with training.progress("motion", processes.leads) as bar, training.stop_on_signals() as stop, \
-            contextlib.closing(source), contextlib.closing(batches), \
-            training.together(processes, last):
+            contextlib.closing(source), contextlib.closing(batches):
         motions.grow(step)                                  # the pool is there, its latents known
+        budget.begin(spent)                                 # what is made again was paid for
         if processes.leads:
             unseen = Unseen(vae, motions, args.speech, args.wav2vec2, device)
         while True:

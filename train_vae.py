@@ -125,6 +125,7 @@ class Pairs:
         return media.grid(media.to_uint8(rows.flatten(0, 1)), 8)
 
 
+@training.together()
 def main(argv=None):
     # ---- arguments, device, processes ----
     args, recipe = arguments(argv)
@@ -175,11 +176,18 @@ def main(argv=None):
         drawn["noise_a"], drawn["noise_m"] = latent_noise(config, args.seed, at, samples)
         return drawn
     batches = training.ahead(prepare, step, device)
+    if args.fresh:
+        last.unlink(missing_ok=True)
     log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
     shadow = vaes.VAE(config).to(device, memory_format=torch.channels_last).eval()
 
     def report():
-        """Save, draw, and measure the EMA."""
+        """Measure the EMA, draw, and save."""
+        shadow.load_state_dict(ema.weights)
+        x_hat = pairs.reconstruct(shadow, device)
+        unseen = optim.check_finite(pairs.psnr(x_hat), step, last)
+        log.write(0, step=step, minutes=budget.spent(), unseen=unseen)
+        log.flush()
         state = {"preset": args.preset, "config": asdict(config), "model": model.state_dict(),
                  "judge": judge.state_dict(), "ema": ema.weights, "step": step,
                  "minutes": budget.spent(), "seed": args.seed,
@@ -187,12 +195,7 @@ def main(argv=None):
         training.save(last, state)
         training.ship(out / "vae.pt", {"config": asdict(config), "weights": ema.half()},
                       seed=args.seed, steps=step, minutes=round(budget.spent(), 1))
-        shadow.load_state_dict(ema.weights)
-        x_hat = pairs.reconstruct(shadow, device)
         media.write_image(out / "grid.png", pairs.grid(x_hat))
-        unseen = pairs.psnr(x_hat)
-        log.write(0, step=step, minutes=budget.spent(), unseen=unseen)
-        log.flush()
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6] + ["psnr", "unseen"],
                            args.compare, "vae")
         tqdm.write(f"step {step}: {budget.spent():.1f} min, PSNR on "
@@ -201,9 +204,9 @@ def main(argv=None):
 
     # ---- the loop ----
     with training.progress("VAE", processes.leads) as bar, training.stop_on_signals() as stop, \
-            contextlib.closing(dataset), contextlib.closing(batches), \
-            training.together(processes, last):
-        dataset.grow(0)
+            contextlib.closing(dataset), contextlib.closing(batches):
+        dataset.grow(step)
+        budget.begin(spent)                                 # what is made again was paid for
         if args.overfit:
             del dataset.pictures[1:], dataset.landmarks[1:]
             pairs = Pairs.seen(dataset.pictures[0], dataset.landmarks[0])

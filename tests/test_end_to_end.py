@@ -1,7 +1,9 @@
 """The whole road: the commands that users type, in miniature and with the shipped weights."""
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ import toy
 import train_diffusion
 import train_vae
 import training
-from landmarks import mouth_opening
+from landmarks import head_pose, mouth_opening
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = training.SHIPPED
@@ -92,6 +94,36 @@ def test_lips_follow_the_voice_and_not_another():
     own = np.mean([evaluate.pearson(a, b) for a, b in zip(made, true)])
     other = np.mean([evaluate.pearson(a, b) for a, b in zip(made, true[1:] + true[:1])])
     assert own > .5 and own > other + .3
+
+
+def test_a_still_head_turns_less_than_a_free_one():
+    """--pose still asks for the portrait's pose in every frame; yaw moves less than with --pose free."""
+    finder, models = detector.load(SHIPPED / "detector.pt"), sample.load_models(SHIPPED, "cpu")
+    moved = {"still": 0, "free": 0}
+    for clip, frames in (evaluate.held_out(103), evaluate.held_out(105)):
+        for how in moved:
+            found, asked = evaluate.generate(models, finder, clip, frames, [0], how, "dpmpp_2m", 10, 5)
+            assert asked is None if how == "free" else (asked == clip.pose[0]).all()
+            moved[how] += head_pose(found[0])[:, 1].std()
+    assert 0 < moved["still"] < .75 * moved["free"], moved
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
+    """SIGINT after 32 frames: they and their sound are in `.partial`, nothing else is there."""
+    real = sample.decode
+
+    def decode(*given):
+        for frames in real(*given):
+            yield frames
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(sample, "decode", decode)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(["--image", str(ROOT / "assets/face.png"), "--audio",
+                     str(ROOT / "assets/speech.wav"), "--out", str(tmp_path / "a.mp4"), "--steps", "1"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.partial.mp4"]
+    assert len(list(media.read_video(tmp_path / "a.partial.mp4"))) == 32
+    heard = media.read_sound(tmp_path / "a.partial.mp4")
+    assert 32 * 640 <= len(heard) < 32 * 640 + 2048
 
 
 def test_attention_to_the_reference_is_not_uniform():

@@ -48,8 +48,11 @@ def rate_factor(schedule, step, *rest):
 optim.rate_factor = rate_factor
 """
 # a learning rate beyond all bounds from step 4 on
-EXPLODE = "optim.rate_factor = lambda schedule, step, *rest: 1e30 if step > 3 else 1"
-FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+EXPLODE = """
+real = optim.rate_factor
+optim.rate_factor = lambda schedule, step, *rest: 1e30 if step > 3 else real(schedule, step, *rest)
+"""
+FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))"
 FINE = ["--dtype", "fp64", "--warmup", "2"]
 FLAGS = {"vae": ["--identities", "3", "--frames", "3", *FINE],
          "diffusion": ["--vae", "VAE", "--clips", "3", *FINE],
@@ -164,14 +167,13 @@ def test_a_batch_cut_into_parts_equals_a_whole_one(script, whole, tmp_path):
     assert max(apart(one, tmp_path / "parts")) < 1e-9
 
 
-@pytest.mark.parametrize("worlds", [(2, 1), (1, 2)])
-def test_a_checkpoint_goes_on_with_more_or_fewer_processes(worlds, whole, tmp_path):
-    """Seven steps of the VAE on two processes, the last on one, and the other way round."""
-    before, after = worlds
-    train("vae", tmp_path, *STEPS, world=before, prepare=SIGNAL.format(step=6, rank=0, name="SIGINT"))
+@pytest.mark.parametrize("script, before, after", [("vae", 2, 1), ("diffusion", 1, 2)])
+def test_a_checkpoint_goes_on_with_more_or_fewer_processes(script, before, after, whole, tmp_path):
+    """Seven steps on two processes, the last on one, and the other way round."""
+    train(script, tmp_path, *STEPS, world=before, prepare=SIGNAL.format(step=6, rank=0, name="SIGINT"))
     assert training.load(tmp_path / "last.pt")["step"] == 7
-    train("vae", tmp_path, *STEPS, world=after)
-    assert max(apart(whole("vae"), tmp_path)) < 1e-9
+    train(script, tmp_path, *STEPS, world=after)
+    assert max(apart(whole(script), tmp_path)) < 1e-9
 
 
 def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(whole, tmp_path):
@@ -186,22 +188,25 @@ def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(whole, tmp_
 
 
 @pytest.mark.parametrize("script", LOOPS)
-def test_a_full_disk_keeps_the_last_checkpoint(script, stopped, tmp_path):
-    """When files cannot grow past 100 kB, the run ends in one line and last.pt stays what it was."""
+@pytest.mark.parametrize("culprit", ["last.pt", "log.csv"])
+def test_a_full_disk_keeps_the_last_checkpoint(script, culprit, stopped, tmp_path):
+    """When files cannot grow past 100 kB, or the log by another row, the run ends in one line and
+    last.pt stays what it was."""
     stopped(script, tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
-    told, = train(script, tmp_path, *STEPS, expect=[2], prepare=FULL)
-    assert told.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'last.pt'}")
+    room = 100_000 if culprit == "last.pt" else (tmp_path / "log.csv").stat().st_size + 20
+    told, = train(script, tmp_path, *STEPS, expect=[2], prepare=FULL.format(room=room))
+    assert told.strip().splitlines()[-1].startswith(f"error: {tmp_path / culprit}"), told
     assert "Traceback" not in told and (tmp_path / "last.pt").read_bytes() == before
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("script", LOOPS)
-def test_a_loss_that_is_not_a_number_is_not_saved(script, whole, stopped, tmp_path):
-    """A learning rate beyond all bounds in step 4 ends in a message in step 5; the checkpoint of
-    step 4 stays what it was, and goes on."""
+@pytest.mark.parametrize("script, every", [("detector", 1), ("vae", 2), ("vae", 1), ("diffusion", 1)])
+def test_a_loss_that_is_not_a_number_is_not_saved(script, every, whole, stopped, tmp_path):
+    """A learning rate beyond all bounds in step 4 ends in a message, in step 5 or when the weights
+    are to be saved before it; the checkpoint of step 4 stays what it was, and goes on."""
     stopped(script, tmp_path)
-    told, = train(script, tmp_path, *STEPS, prepare=EXPLODE, expect=[2])
+    told, = train(script, tmp_path, *STEPS, "--every", every, prepare=EXPLODE, expect=[2])
     line = told.strip().splitlines()[-1]
     assert line.startswith("error: step 5: ") and "not a number" in line, told
     held = training.load(tmp_path / "last.pt")

@@ -66,10 +66,13 @@ def files(tmp_path_factory):
     Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(f / "bits16.png")
     picture.transpose(Image.Transpose.ROTATE_90).save(
         f / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    begin = (f / "face.png").read_bytes()
+    (f / "exif_broken.png").write_bytes(begin[:33] + chunk(b"eXIf", b"II+\0\x08") + begin[33:])
     Image.fromarray(np.concatenate([face, face[:, ::-1]], 1)).save(f / "two_faces.png")
     picture.resize((90, 90)).save(f / "small.png")
     with media.VideoWriter(f / "video.mp4", 128, 128, voice) as video:
         video.write(np.repeat(np.asarray(picture.resize((128, 128)))[None], 12, 0))
+    (f / "other.partial.mp4").write_bytes((f / "video.mp4").read_bytes())
     with media.VideoWriter(f / "silent_video.mp4", 128, 128) as video:
         video.write(np.repeat(np.asarray(picture.resize((128, 128)))[None], 12, 0))
 
@@ -141,6 +144,18 @@ def files(tmp_path_factory):
     weights("text_detector", detector=b"weights, honestly")
     weights("other_sizes", vae=held | {"config": held["config"] | {"width": 32}})
     weights("other_vae", vae=held | {"weights": {k: v + 1 for k, v in held["weights"].items()}})
+    weights("sentence_vae", vae=b"this is no checkpoint, and its first letter unpickles")
+    weights("negative_vae", vae=held | {"config": held["config"] | {"width": -1}})
+    weights("no_patch", vae=held | {"config": held["config"] | {"patch": 0}})
+    for k in range(4):
+        damaged = bytearray(shipped)
+        for place in rng.integers(0, len(damaged) if k % 2 else 4_000, 12):
+            damaged[place] ^= 255
+        weights(f"flipped{k}_vae", vae=bytes(damaged))
+    held = training.load(training.SHIPPED / "motion.pt")
+    weights("endless_motion", motion=held | {"config": held["config"] | {"window": 24}})
+    weights("mean_missing", motion=held | {"mean": None})
+    weights("mean_of_two", motion=held | {"mean": [0.0, 0.0]})
     (f / "empty_weights").mkdir()
 
     # damage: bytes flipped at random in otherwise good files
@@ -156,7 +171,7 @@ def files(tmp_path_factory):
 
 PICTURES = ["face.jpg", "face.webp", "face.bmp", "face.gif", "face.tiff", "png_called.jpg", "no_suffix",
             "mode_L.png", "mode_RGBA.png", "mode_P.png", "mode_CMYK.jpg", "mode_LA.png", "bits16.png",
-            "exif.jpg", "small.png"]
+            "exif.jpg", "exif_broken.png", "small.png"]
 SOUNDS = ["wav_called.mp3", "stereo.wav", "six.wav", "8bit.wav", "float.wav", "8khz.wav", "96khz.wav",
           "silence.wav", "loud.wav", "half.wav", "junk_behind.wav", "video.mp4"]
 REFUSED = [                                               # flags, what the one line must say
@@ -179,10 +194,18 @@ REFUSED = [                                               # flags, what the one 
     ("--checkpoint hostile_detector", "not a checkpoint"),
     ("--checkpoint foreign_vae", "not the weights of a VAE"),
     ("--checkpoint list_motion", "not a checkpoint"), ("--checkpoint text_detector", "not a checkpoint"),
+    ("--checkpoint sentence_vae", "not a checkpoint"), ("--checkpoint no_patch", "not the weights"),
+    ("--checkpoint negative_vae", "not the weights"), ("--checkpoint endless_motion", "longer than"),
+    ("--checkpoint mean_missing", "mean and std"), ("--checkpoint mean_of_two", "mean and std"),
+    *((f"--checkpoint flipped{k}_vae", ".pt: ") for k in range(4)),
     ("--checkpoint other_sizes", "do not fit"), ("--checkpoint other_vae", "another VAE"),
     ("--steps 0", "--steps"), ("--steps -3", "--steps"), ("--steps many", "--steps"),
     ("--steps 2.5", "--steps"), ("--steps 100000", "--steps"), ("--seed -1", "--seed"),
     ("--sampler magic", "magic"), ("--pose sideways", "sideways"), ("--device nonsense", "nonsense"),
+    ("--device meta", "meta"), (f"--image {'x' * 300}.png", "no such file"),
+    (f"--out {'x' * 300}.mp4", "cannot be written"), ("--sheet face.png/a.png", "face.png/a.png"),
+    ("--sheet /proc/a.png", "/proc/a.png"),
+    ("--out other.mp4 --audio other.partial.mp4", "input"),
     ("--nonsense 3", "--nonsense"), ("--detector eyes", "eyes"), ("--wav2vec2 missing.pt", "mel"),
     ("--out out.txt", "out.txt"), ("--out out", "ends in"), ("--out folder.png", "folder.png"),
     ("--out face.png/a.mp4", "face.png"), ("--out video.mp4 --audio video.mp4", "input"),
