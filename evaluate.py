@@ -436,23 +436,16 @@ def show(numbers):
 def main(argv=None):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("table", nargs="?", choices=("samplers",), help="this table instead")
-    p.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
+    sample.add_arguments(p)
     p.add_argument("--json", metavar="FILE", help="write the numbers, by name")
     p.add_argument("--sheet", metavar="PNG", help="draw 32 held-out heads beside their truth")
     p.add_argument("--quick", action="store_true", help="fewer clips, about a minute")
     p.add_argument("--full", action="store_true", help="every frame, all drivers (B.2)")
-    p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
-    p.add_argument("--steps", type=int, default=20, help="solver steps")
-    p.add_argument("--pose", choices=("predict", "free", "still"), default="predict")
-    p.add_argument("--wav2vec2", metavar="FILE", help="its weights, for models trained on it")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--workers", type=int, default=None, help="processes that render the truth")
     args = p.parse_args(argv)
     began = time.monotonic()
     name = "quick" if args.quick else "full" if args.full else "default"
     plan = PLANS[name]
-    if not 1 <= args.steps <= 10_000:
-        raise media.UserError(f"--steps {args.steps}: wants 1 to 10000")
     models = sample.load_models(args.checkpoint, args.device, args.wav2vec2)
     if models.vae.config.size != SIZE:
         raise media.UserError(f"{args.checkpoint}: the held-out heads are {SIZE}x{SIZE}, this VAE "

@@ -119,6 +119,23 @@ def poses(models, speech, portrait_pose, how):
 
 # ---- command line --------------------------------------------------------------------------------
 
+def solver_steps(text):
+    if not 1 <= int(text) <= 10_000:
+        raise media.UserError(f"--steps {text}: wants 1 to 10000")
+    return int(text)
+
+
+def add_arguments(p):
+    """The flags that sample.py and evaluate.py share: which models, and how they are asked."""
+    p.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
+    p.add_argument("--wav2vec2", metavar="FILE", help="wav2vec 2.0's weights")
+    p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
+    p.add_argument("--steps", type=solver_steps, default=20, help="of the solver")
+    p.add_argument("--pose", choices=("predict", "free", "still"), default="predict",
+                   help="head poses: from speech, left to the model, or the portrait's own")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
 def arguments(argv):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
     io = p.add_argument_group("in and out")
@@ -126,20 +143,12 @@ def arguments(argv):
     io.add_argument("--audio", required=True, help="voice: any sound, or a video with sound")
     io.add_argument("--out", default="out.mp4", help="video to write (default: out.mp4)")
     io.add_argument("--sheet", metavar="PNG", help="also draw 16 of its frames as one picture")
-    io.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
     io.add_argument("--detector", choices=("auto", "toy", "mediapipe"), default="auto",
                     help="what finds the face: ours, or mediapipe's face mesh")
-    io.add_argument("--wav2vec2", metavar="FILE", help="wav2vec 2.0's weights")
     how = p.add_argument_group("how")
-    how.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
-    how.add_argument("--steps", type=int, default=20, help="solver steps")
-    how.add_argument("--pose", choices=("predict", "free", "still"), default="predict",
-                     help="head poses: from speech, left to the model, or the portrait's own")
+    add_arguments(how)
     how.add_argument("--seed", type=int, default=0, help="another seed moves differently")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = p.parse_args(argv)
-    if not 1 <= args.steps <= 10_000:
-        raise media.UserError(f"--steps {args.steps}: wants 1 to 10000")
     if args.seed < 0:
         raise media.UserError(f"--seed {args.seed}: must not be negative")
     if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg"):

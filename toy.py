@@ -17,6 +17,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -330,8 +331,16 @@ def default_workers():
 
 def executor(workers):
     """Worker processes that start clean (forking a process with torch threads can hang)."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal,
-                               (signal.SIGINT, signal.SIG_IGN))      # Ctrl-C is the parent's
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
+def _start_worker():
+    """Ctrl-C is the parent's; a worker ends when its parent has, were it by kill -9."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_parallel(make, items, workers, what):

@@ -1,5 +1,8 @@
 """Toy Heads: always the same, never seen in training, and true in every number."""
 import hashlib
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -281,6 +284,18 @@ def test_bad_arguments(arguments, tmp_path):
     with pytest.raises(media.UserError):
         toy.main([*arguments, "--out", str(out)])
     assert not out.exists()
+
+
+def test_workers_end_with_their_parent_even_by_kill_9():
+    """A process that kills itself leaves no worker behind."""
+    code = ("import os, signal, toy; pool = toy.executor(1); print(pool.submit(os.getpid).result(), "
+            "flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(toy.__file__), text=True,
+                          stdout=subprocess.PIPE)
+    worker, until = int(done.stdout), time.monotonic() + 10
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < until:
+        time.sleep(.05)
+    assert done.returncode == -9 and not os.path.exists(f"/proc/{worker}")
 
 
 def test_the_sheet_shows_64_heads(tmp_path):
