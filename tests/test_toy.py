@@ -291,7 +291,7 @@ def test_workers_end_with_their_parent_even_by_kill_9():
     code = ("import os, signal, toy; pool = toy.executor(1); print(pool.submit(os.getpid).result(), "
             "flush=True); os.kill(os.getpid(), signal.SIGKILL)")
     done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(toy.__file__), text=True,
-                          stdout=subprocess.PIPE)
+                          stdout=subprocess.PIPE, timeout=60)
     worker, until = int(done.stdout), time.monotonic() + 10
     while os.path.exists(f"/proc/{worker}") and time.monotonic() < until:
         time.sleep(.05)
