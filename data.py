@@ -36,6 +36,7 @@ def batch(dataset, seed, step, samples):
 
 # ---- frames, for the VAE and the detector --------------------------------------------------------
 
+RARE = {"glasses": .6, "beard": .6}                  # shares among heads that are trained on
 SAME = .15                      # share of the VAE's examples that redraw the portrait itself
 
 
@@ -67,7 +68,8 @@ class Frames:
 
 class ToyFrames(Frames):
     """Rendered identities in `frames` poses each, made while training goes on. Four of five heads
-    keep their poses as close as in a clip, the rest turn as far as heads do."""
+    keep their poses as close as in a clip, the rest turn as far as heads do; RARE looks come
+    more often than among held-out heads, since what is rare is learnt last."""
 
     def __init__(self, seed=0, identities=4000, frames=8, size=128, workers=None, per_step=.8):
         if seed < 0 or identities < 1 or frames < 2:
@@ -87,7 +89,7 @@ class ToyFrames(Frames):
 
 
 def _portraits(k, seed, frames, size):
-    return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 5 > 0)
+    return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 5 > 0, **RARE)
 
 
 class ClipFrames(Frames):

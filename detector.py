@@ -305,7 +305,8 @@ def loss_terms(model, pictures, points, counts, face):
     """Distance of the points that count (px), spread of the heat, and confidence, as tensors."""
     found, sure, heat = model(pictures, with_heat=True)
     n = counts.sum().clamp(min=1)
-    px = (F.smooth_l1_loss(found, points, reduction="none").sum(-1) * counts).sum() / n
+    far = F.smooth_l1_loss(found, points, reduction="none", beta=.25).sum(-1)
+    px = (far * counts).sum() / n
     square = ((points[:, :, None] - model.grid) ** 2).sum(-1)                # (B, K, cells^2)
     target = (-square / (2 * 5.0 ** 2)).softmax(-1)             # a spot of 5 px around the truth
     spot = (-(target * heat.log_softmax(-1)).sum(-1) * counts).sum() / n
@@ -322,7 +323,7 @@ def arguments(argv):
     p.add_argument("--seed", type=int, default=0, help="of weights, heads and draws")
     p.add_argument("--identities", type=int, default=1500, help="rendered heads, six pictures each")
     p.add_argument("--workers", type=int, default=None, help="rendering processes")
-    p.add_argument("--batch", type=int, default=16, help="pictures a step")
+    p.add_argument("--batch", type=int, default=8, help="pictures a step")
     p.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")

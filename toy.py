@@ -195,10 +195,11 @@ def make_clip(seed, seconds, size=128, held_out=False, defect=None):
     return _spoil(clip, moves) if defect else clip
 
 
-def make_portraits(seed, count, size=128, close=False):
-    """Unrelated poses of one identity, for the VAE: (count, H, W, 3) uint8, (count, 70, 2)."""
+def make_portraits(seed, count, size=128, close=False, **looks):
+    """Unrelated poses of one identity, for the VAE: (count, H, W, 3) uint8, (count, 70, 2).
+    `looks` are shares of glasses and the like among identities."""
     who, moves = (np.random.default_rng((seed, k)) for k in (0, 3))
-    clip = ToyClip(random_identity(who), random_poses(moves, count, close), size=size,
+    clip = ToyClip(random_identity(who, **looks), random_poses(moves, count, close), size=size,
                    jitter=(*moves.uniform(-.03, .03, 2), moves.uniform(.92, 1.08)))
     return clip.frames(), clip.landmarks
 

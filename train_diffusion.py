@@ -43,7 +43,7 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHT = (EYE_LEFT, EYE_RIGHT, MOUTH), .5
-FIRST_CLIPS, CLIPS_A_STEP, CLIP_SECONDS = 48, .15, 4.8
+FIRST_CLIPS, CLIPS_A_STEP, CLIP_SECONDS = 48, .06, 4.8
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 

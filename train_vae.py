@@ -40,7 +40,8 @@ PAPER = {"optimiser": "adam", "lr": 4.5e-6, "betas": (.5, .9), "schedule": "cons
 RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
                    "batch": 8, "warmup": 200}, "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole picture's 1
-REGIONS = {"eye_left": (EYE_LEFT, .18), "eye_right": (EYE_RIGHT, .18), "mouth": (MOUTH, .2),
+REGIONS = {"face": (slice(0, 70), .8), "mouth": (MOUTH, .2),
+           "eye_left": (EYE_LEFT, .18), "eye_right": (EYE_RIGHT, .18),
            "brow_left": (slice(17, 22), .05), "brow_right": (slice(22, 27), .05)}
 ADVERSARY_AT, DISCRIMINATOR_AT = .75, .70       # shares of the budget
 ADVERSARY_WEIGHT, SQUARE_WEIGHT = .1, 10.0

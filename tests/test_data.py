@@ -159,3 +159,13 @@ def test_clips_whose_frames_are_not_valid(folder, tmp_path):
     with pytest.raises(media.UserError, match="toy_000000.*not valid"):
         data.clip_motion(0, paths, 64)
     assert len(data.ClipFrames(tmp_path, 64, stride=5).pictures) == 1
+
+
+def test_rare_looks_come_more_often_in_training(monkeypatch):
+    """Of 60 heads that the VAE learns from over 40 % wear glasses and over 40 % a beard."""
+    made, real = [], toy.random_identity
+    monkeypatch.setattr(toy, "random_identity", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    for k in range(60):
+        data._portraits(k, seed=0, frames=1, size=32)
+    assert np.mean([who.glasses > 0 for who in made]) > .4
+    assert np.mean([who.beard > 0 for who in made]) > .4
