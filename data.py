@@ -89,7 +89,7 @@ class ToyFrames(Frames):
 
 
 def _portraits(k, seed, frames, size):
-    return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 5 > 0, **RARE)
+    return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 5 < 4, **RARE)
 
 
 class ClipFrames(Frames):

@@ -151,6 +151,12 @@ def test_shipped_files_are_small_and_say_how_they_were_made():
         assert all(v.dtype == torch.float16 for v in held["weights"].values() if v.is_floating_point())
 
 
+def pale_pixels(picture):
+    """How much of a picture has the colour in which --compare draws."""
+    pale = [int(curves.PALE[k:k + 2], 16) for k in (1, 3, 5)]
+    return (media.read_image(picture) == pale).all(-1).sum()
+
+
 def steps_of(run):
     """The rows of a log that are steps, and not only measurements between them."""
     return [row for row in curves.read_log(run / "log.csv") if row["loss"] == row["loss"]]
@@ -170,7 +176,10 @@ def test_the_whole_road_in_miniature(tmp_path):
     motion = ["--vae", str(runs / "vae" / "vae.pt"), "--out", str(runs / "diffusion"), "--clips", "2",
               "--batch", "2", *few]
     train_diffusion.main([*motion, "--steps", "2"])
-    train_diffusion.main([*motion, "--steps", "3"])                         # the same run goes on
+    assert pale_pixels(runs / "diffusion" / "curve.png") < 60             # letters are smoothed
+    train_diffusion.main([*motion, "--steps", "3", "--compare",             # the same run goes on
+                          str(ROOT / "results" / "toy_curves.csv")])
+    assert pale_pixels(runs / "diffusion" / "curve.png") > 200
     rows = steps_of(runs / "diffusion")
     assert [r["step"] for r in rows] == [0, 1, 2]
     shutil.copy(SHIPPED / "detector.pt", runs / "detector" / "detector.pt")
@@ -189,6 +198,17 @@ def test_learning_rates_that_are_none(script, rate, tmp_path):
     with pytest.raises(media.UserError, match="--lr"):
         script.main(["--lr", rate, "--steps", "2", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train_vae, ["--data", "nowhere"]), (train_vae, ["--identities", "0"]),
+    (train_diffusion, ["--data", "nowhere"]), (train_diffusion, ["--vae", "nowhere"])])
+def test_a_fresh_start_that_cannot_be_made_deletes_nothing(script, flags, tmp_path):
+    """--fresh beside a wrong flag: the old checkpoint is there still."""
+    (tmp_path / "last.pt").write_bytes(b"weeks of training")
+    with pytest.raises(media.UserError, match="nowhere|--identities"):
+        script.main(["--fresh", "--out", str(tmp_path), "--steps", "2", "--device", "cpu", *flags])
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -233,6 +253,7 @@ def test_a_small_model_learns_a_clip_by_heart(tmp_path, monkeypatch):
                     "--out", str(tmp_path), "--compare", str(ROOT / "results" / "toy_curves.csv")])
     measured = [row["unseen"] for row in curves.read_log(tmp_path / "log.csv")]
     assert measured[-1] > 24, measured[-1]
+    assert pale_pixels(tmp_path / "curve.png") > 200
 
 
 def test_frechet_of_known_gaussians():
