@@ -52,8 +52,8 @@ class Log:
 
     def pace(self, what):
         """How fast the steps since the last call were, in words."""
-        (start, items, waited), self.since = self.since, (time.monotonic(), 0, 0.0)
-        seconds = time.monotonic() - start
+        (start, items, waited), now = self.since, time.monotonic()
+        self.since, seconds = (now, 0, 0.0), now - start
         return f"{items / seconds:.0f} {what} a second, {waited / seconds:.0%} of the time for data"
 
 

@@ -2,7 +2,8 @@
 
 A clip at rest is NAME.mp4 (H.264, every frame a key frame, 25 fps, with its sound) beside NAME.npz:
 landmarks (N, 70, 2), pose (N, 3), optional speech (N, d_s), text, speaker, valid (N,). A data set
-is a folder of such pairs and one index.json. Training sees no difference between the two kinds.
+is a folder of such pairs and one index.json. Training treats both kinds alike, but for the poses
+and looks that `toy_frames` chooses; stored speech features are taken as they are.
 
     python data.py toy --clips 2000 --out runs/toys
 
@@ -12,6 +13,7 @@ processes changes what a step sees. Letters: B batch, N frames, H W picture.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -34,7 +36,7 @@ def batch(dataset, seed, step, samples):
     return {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
 
 
-# ---- frames, for the VAE and the detector --------------------------------------------------------
+# ---- frames, for the VAE -------------------------------------------------------------------------
 
 RARE = {"glasses": .6, "beard": .6}                  # shares among heads that are trained on
 SAME = .15                      # share of the VAE's examples that redraw the portrait itself
@@ -43,11 +45,14 @@ SAME = .15                      # share of the VAE's examples that redraw the po
 class Frames:
     """Pairs of frames of one identity: for each, pictures (F, H, W, 3) uint8, points (F, 70, 2)."""
 
-    def __init__(self, pictures, landmarks):
-        self.pictures, self.landmarks = pictures, landmarks
+    def __init__(self, pictures=(), landmarks=(), pool=None):
+        self.pictures, self.landmarks, self.pool = list(pictures), list(landmarks), pool
 
     def grow(self, step):
         """Gain what the pool must hold before this step; clips at rest are all there."""
+        for pictures, points in self.pool.grow(step) if self.pool else ():
+            self.pictures.append(pictures)
+            self.landmarks.append(points)
 
     def example(self, rng):
         """Frames i, j of a clip (sec. 4.2): reference, target, x_m (3, H, W), points (70, 2).
@@ -64,51 +69,40 @@ class Frames:
 
     def close(self):
         """End the processes that render, if any."""
+        if self.pool:
+            self.pool.close()
 
 
-class ToyFrames(Frames):
+def toy_frames(seed=0, identities=4000, frames=8, size=128, workers=None, per_step=.8):
     """Rendered identities in `frames` poses each, made while training goes on. Four of five heads
     keep their poses as close as in a clip, the rest turn as far as heads do; RARE looks come
-    more often than among held-out heads, since what is rare is learnt last."""
-
-    def __init__(self, seed=0, identities=4000, frames=8, size=128, workers=None, per_step=.8):
-        if seed < 0 or identities < 1 or frames < 2:
-            raise media.UserError("rendered heads need --identities of at least 1, --frames of at "
-                                  "least 2 and a seed that is not negative")
-        super().__init__([], [])
-        make = functools.partial(_portraits, seed=seed, frames=frames, size=size)
-        self.pool = GrowingPool(make, 400, per_step, identities, workers)
-
-    def grow(self, step):
-        for pictures, points in self.pool.grow(step):
-            self.pictures.append(pictures)
-            self.landmarks.append(points)
-
-    def close(self):
-        self.pool.close()
+    more often than among held-out heads, since what is rare is learnt last. -> Frames"""
+    if seed < 0 or identities < 1 or frames < 2:
+        raise media.UserError("rendered heads need --identities of at least 1, --frames of at "
+                              "least 2 and a seed that is not negative")
+    make = functools.partial(_portraits, seed=seed, frames=frames, size=size)
+    return Frames(pool=GrowingPool(make, 400, per_step, identities, workers))
 
 
 def _portraits(k, seed, frames, size):
     return toy.make_portraits(training_seed(seed, k), frames, size, close=k % 5 < 4, **RARE)
 
 
-class ClipFrames(Frames):
-    """Every `stride`-th frame of the clips of a folder, decoded once and kept in memory."""
-
-    def __init__(self, folder, size=128, stride=10):
-        pictures, points = [], []
-        for path in tqdm(clip_paths(folder), "clips", leave=False):
-            held = read_clip(path)
-            shown = [k for k in range(0, len(held["landmarks"]), stride) if held["valid"][k]]
-            frames = [f for k, f in enumerate(media.read_video(path)) if k in shown]
-            if len(frames) < 2:
-                continue
-            pictures.append(np.stack(frames))
-            points.append(held["landmarks"][shown[:len(frames)]])
-            check_size(path, frames[0], size)
-        if not pictures:
-            raise media.UserError(f"{folder}: no clip has two valid frames; make it again")
-        super().__init__(pictures, points)
+def clip_frames(folder, size=128, stride=10):
+    """Every `stride`-th frame of a folder's clips, decoded once and kept in memory. -> Frames"""
+    pictures, points = [], []
+    for path in tqdm(clip_paths(folder), "clips", leave=False):
+        held = read_clip(path)
+        shown = [k for k in range(0, len(held["landmarks"]), stride) if held["valid"][k]]
+        frames = [f for k, f in enumerate(media.read_video(path)) if k in shown]
+        if len(frames) < 2:
+            continue
+        pictures.append(np.stack(frames))
+        points.append(held["landmarks"][shown[:len(frames)]])
+        check_size(path, frames[0], size)
+    if not pictures:
+        raise media.UserError(f"{folder}: no clip has two valid frames; make it again")
+    return Frames(pictures, points)
 
 
 def check_size(path, frame, size):
@@ -133,11 +127,14 @@ def encode_motion(vae, points, device):
 def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weights=None):
     """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, d_s), as float32 arrays."""
     clip = toy.make_clip(training_seed(seed, k), seconds, size)
-    sound = clip.sound
-    if augment:
-        sound = voices.augment(sound, np.random.default_rng((seed, k, 9)))
     return {"landmarks": clip.landmarks, "pose": clip.pose,
-            "speech": audio.speech_features(sound, kind, weights).numpy()}
+            "speech": _speech(clip.sound, (seed, k, 9) if augment else None, kind, weights)}
+
+
+def _speech(sound, key, kind, weights):
+    """Features of sound, which a key augments. -> (N, d_s)"""
+    heard = sound if key is None else voices.augment(sound, np.random.default_rng(key))
+    return audio.speech_features(heard, kind, weights).numpy()
 
 
 class GrowingPool:
@@ -177,15 +174,17 @@ class GrowingPool:
             self.pool = None
 
 
-def clip_motion(k, paths, size, kind="mel", weights=None):
+def clip_motion(k, paths, size, seed=0, augment=True, kind="mel", weights=None):
     """Clip k of a folder in the form of `toy_motion`, up to its first frame that is not valid.
     Speech features of this kind are taken from the clip where it holds them, or made anew."""
     held = read_clip(paths[k])
-    check_size(paths[k], next(media.read_video(paths[k])), size)
+    for frame in itertools.islice(media.read_video(paths[k]), 1):
+        check_size(paths[k], frame, size)
     if held.get("speech", np.zeros((0, 0))).shape[-1] == audio.FEATURES[kind]:
         speech = held["speech"].astype(np.float32)
     else:
-        speech = audio.speech_features(media.read_sound(paths[k]), kind, weights).numpy()
+        key = (seed, k, 9) if augment else None
+        speech = _speech(media.read_sound(paths[k]), key, kind, weights)
     broken = np.flatnonzero(~held["valid"])
     n = min(len(speech), len(held["landmarks"]), *broken[:1])
     if n < 2:

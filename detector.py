@@ -298,6 +298,7 @@ def locate(picture, name, detector="auto", model=None):
 
 # ---- training ------------------------------------------------------------------------------------
 
+RECIPE = {"batch": 8, "lr": 2e-3, "warmup": 50}
 COLUMNS = ["loss", "px", "heat", "sure", "unseen", "lr"]
 
 
@@ -316,27 +317,13 @@ def loss_terms(model, pictures, points, counts, face):
 
 def arguments(argv):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--out", default="runs/detector", help="folder of the run; again: go on")
-    p.add_argument("--fresh", action="store_true", help="start over in OUT")
-    p.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
-    p.add_argument("--minutes", type=float, help="budget in minutes (default: 10)")
-    p.add_argument("--seed", type=int, default=0, help="of weights, heads and draws")
     p.add_argument("--identities", type=int, default=1500, help="rendered heads, six pictures each")
-    p.add_argument("--workers", type=int, default=None, help="rendering processes")
-    p.add_argument("--batch", type=int, default=8, help="pictures a step")
-    p.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    p.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
+    training.add_arguments(p, "runs/detector", "render")
     args = p.parse_args(argv)
-    if args.batch < 4 or min(args.identities, args.every) < 1 or args.seed < 0 or \
-            not 0 < args.lr <= 1:
-        raise media.UserError("detector.py wants --batch of at least 4, --identities and --every "
-                              "of at least 1, --lr above 0 and at most 1, and a --seed that is not "
-                              "negative")
-    if args.steps is None and args.minutes is None:
-        args.minutes = 10.0
-    training.Budget(args.steps, args.minutes)                   # refuses what is none
+    args.out = args.out or "runs/detector"
+    training.settle(args, RECIPE, minutes=10.0)
+    if args.batch < 4 or args.identities < 1:
+        raise media.UserError("--batch must be at least 4 and --identities at least 1")
     return args
 
 
@@ -348,12 +335,12 @@ def main(argv=None):
     last, shipped = out / "last.pt", out / "detector.pt"
     torch.manual_seed(args.seed)
     model = Detector().to(device, memory_format=torch.channels_last)
-    optimisers, ema = optim.make_optimisers(model, "muon", args.lr), optim.Ema(model)
+    optimisers, ema = optim.make_optimisers(model, "muon", args.lr, muon=1), optim.Ema(model)
     step, spent, _ = training.resume(last, {"model": model}, optimisers, ema,
                                      same={"seed": args.seed}, fresh=args.fresh)
 
     # ---- data ----
-    budget = training.Budget(args.steps, args.minutes, spent)
+    budget = training.Budget(args.steps, args.minutes)
     seeds = [toy.training_seed(args.seed, k) for k in range(args.identities)]
     pool = toy.in_parallel(pool_item, seeds, args.workers, "heads")
     unseen, truth = held_out_frames()
@@ -390,7 +377,7 @@ def main(argv=None):
                 tqdm.write(f"step {step}: {report()[0]:.2f} px on held-out heads")
             drawn = [x.to(device) for x in next(batches)]
             drawn[0] = drawn[0].contiguous(memory_format=torch.channels_last)
-            factor = optim.rate_factor("trapezoid", step, share, 50)
+            factor = optim.rate_factor("trapezoid", step, share, args.warmup)
             optim.set_rate(optimisers, factor)
             with training.autocast(device, dtype):
                 px, heat, sure = loss_terms(model, *drawn)

@@ -12,6 +12,7 @@ Departures from the paper, or choices where it is silent:
 3. Speech and pose are dropped in a share of the training samples: pose may then be left free.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
+   Each window looks a few frames ahead, and the next one takes over from those.
 5. The square of eq. 8 has a weight for each place: eyes and lips are small, and blinks come last.
    Its pose term counts in units of 10 degrees, and both terms are means over frames.
 6. P sees the portrait's pose too and predicts the turn from it.
@@ -165,11 +166,12 @@ class MotionConfig:
     dropout: float = 0.0
     window: int = 96             # frames sampled at once
     prefix: int = 16             # of them, given: the last ones of the window before
-    ahead: int = 8               # of them, thrown away: they lack the speech that follows
+    ahead: int = 8               # of them, made again by the next, which knows what is said there
 
     def __post_init__(self):
-        if not 0 <= self.prefix + self.ahead < self.window or min(self.prefix, self.ahead) < 0:
-            raise ValueError("a window must be longer than its prefix and what it throws away")
+        if not 0 <= self.prefix + self.ahead < self.window or \
+                min(self.prefix - 1, self.ahead) < 0:
+            raise ValueError("a window must be longer than its prefix and its look ahead")
 
     @property
     def values(self):

@@ -32,7 +32,6 @@ import diffusion
 import media
 import sample
 import toy
-import training
 import voices
 from landmarks import (EYE_LEFT, EYE_RIGHT, MOUTH, eye_opening, head_pose, mouth_opening,
                        point_error, region_box)
@@ -336,7 +335,7 @@ def score_long(plan, clips, models, finder, how, sampler, steps):
 
 def score_speed(args, frame):
     """`rtf`: wall time over the length of 10 s of speech, as a command and in a process
-    that runs already."""
+    that runs already; `first_bar`: seconds until the command shows progress."""
     sound = voices.make_speech(np.random.default_rng((toy.HELD_OUT, 12)), 10.0).sound
     with tempfile.TemporaryDirectory() as folder:
         image, wav, out = (str(Path(folder) / n) for n in ("a.png", "a.wav", "a.mp4"))
@@ -345,15 +344,18 @@ def score_speed(args, frame):
         flags = ["--image", image, "--audio", wav, "--out", out]
         for name in ("checkpoint", "device", "sampler", "steps", "pose", "wav2vec2"):
             flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
-        began = time.monotonic()
-        script = Path(__file__).with_name("sample.py")
-        done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
-        if done.returncode:
-            raise media.UserError(f"sample.py ended with: {done.stderr.strip()[-300:]}")
+        began, told, bar = time.monotonic(), b"", None
+        command = [sys.executable, str(Path(__file__).with_name("sample.py")), *flags]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as made:
+            while piece := made.stderr.read1():
+                told += piece
+                bar = bar or b"frames:" in told and time.monotonic() - began
+        if made.returncode:
+            raise media.UserError(f"sample.py ended with: {told.decode().strip()[-300:]}")
         cold = (time.monotonic() - began) / 10
         began = time.monotonic()
         sample.main(flags, quiet=True)
-        return {"rtf": cold, "rtf_warm": (time.monotonic() - began) / 10}
+        return {"rtf": cold, "rtf_warm": (time.monotonic() - began) / 10, "first_bar": bar}
 
 
 # ---- a table of samplers -------------------------------------------------------------------------
@@ -444,6 +446,8 @@ def main(argv=None):
     p.add_argument("--workers", type=int, default=None, help="processes that render the truth")
     args = p.parse_args(argv)
     began = time.monotonic()
+    for path in filter(None, (args.json, args.sheet)):
+        media.check_writable(path)
     name = "quick" if args.quick else "full" if args.full else "default"
     plan = PLANS[name]
     models = sample.load_models(args.checkpoint, args.device, args.wav2vec2)
@@ -470,9 +474,11 @@ def main(argv=None):
     numbers |= score_long(plan, clips, models, finder, *how)
     numbers |= speed
     show(numbers)
-    print(f"{name} plan, {plan.clips} clips, Toy Heads version {toy.TOY_VERSION}, "
-          f"{(time.monotonic() - began) / 60:.1f} minutes")
-    write(args.json, {"toy_version": toy.TOY_VERSION, "plan": name} | numbers)
+    about = {"toy_version": toy.TOY_VERSION, "plan": name, "minutes":
+             (time.monotonic() - began) / 60} | {k: str(v) for k, v in vars(args).items()
+                                                 if k in ("checkpoint", "sampler", "steps", "pose")}
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    write(args.json, about | numbers)
 
 
 def write(path, numbers):

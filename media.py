@@ -102,7 +102,8 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space "
+                        "or choose another place") from error
 
 
 @contextlib.contextmanager
@@ -155,11 +156,11 @@ def check_file(path):
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file in it")
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file, or its folder may not be entered")
+        raise UserError(f"{path}: no such file; check its spelling and its folder's permissions")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: may not be read; check its permissions")
     if os.path.getsize(path) == 0:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"{path}: is empty; make or copy it again")
 
 
 def read_image(path):
@@ -234,10 +235,12 @@ def _opened(path, kind):
             chosen = [s for s in streams if s.type == kind and s.codec_context]
             if not chosen:
                 held = "text" if text else ", ".join(sorted({s.type for s in streams})) or "nothing"
-                raise UserError(f"{path}: no {kind} in it that can be read (found: {held})")
+                raise UserError(f"{path}: no {kind} in it that can be read (found: {held}); give a "
+                                f"file with {kind}")
             yield container, chosen[0]
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: cannot be read as {kind} ({_reason(error)})") from error
+        raise UserError(f"{path}: cannot be read as {kind} ({_reason(error)}); export it "
+                        "again") from error
 
 
 def _is_cover(stream):                                       # the picture on a record's sleeve
@@ -270,7 +273,7 @@ def read_sound(path, rate=RATE):
     shift = round(late * rate) if abs(late) < LEAP else 0
     sound = np.pad(sound, (shift, 0)) if shift > 0 else sound[-shift:]  # late: padded, early: cut
     if len(sound) < SHORTEST * rate:
-        raise UserError(f"{path}: {len(sound) / rate:.2f} s of sound, at least {SHORTEST} s are "
+        raise UserError(f"{path}: {len(sound) / rate:.2f} s of sound; at least {SHORTEST} s are "
                         "needed")
     if not np.isfinite(sound).all():
         raise UserError(f"{path}: holds samples that are not numbers; export it again")
@@ -344,7 +347,8 @@ def _upright(frame):
 
 def partial(path):
     """Where an interrupted video goes."""
-    return Path(path).with_suffix(f".partial{Path(path).suffix}")
+    root, suffix = os.path.splitext(path)
+    return Path(f"{root}.partial{suffix}")
 
 
 class VideoWriter:
@@ -358,8 +362,8 @@ class VideoWriter:
     frame a key frame. UserError where the file cannot be written.
     """
 
-    def __init__(self, path, height, width, sound=None, rate=RATE, intra=False, title=None):
-        self.path, self.rate, self.title = Path(path), rate, title
+    def __init__(self, path, height, width, sound=None, rate=RATE, intra=False):
+        self.path, self.rate = Path(path), rate
         self.sound = None if sound is None else np.asarray(sound, dtype=np.float32)
         self.size, self.intra = (height, width), intra
         self.frames = self.samples = 0
@@ -374,8 +378,6 @@ class VideoWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.container = _av().open(f"file:{self.temporary}", "w",
                                         container_options={"movflags": "+faststart"})
-            if self.title:
-                self.container.metadata["title"] = self.title
             self._add_streams()
         return self
 
@@ -445,4 +447,5 @@ class VideoWriter:
         try:
             yield
         except (OSError, _av().FFmpegError) as error:
-            raise UserError(f"{self.path}: cannot be written ({_reason(error)})") from error
+            raise UserError(f"{self.path}: cannot be written ({_reason(error)}); free some space "
+                            "or choose another place") from error

@@ -55,11 +55,11 @@ def orthogonalise(matrix, steps=5):
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
-def make_optimisers(model, kind, lr, betas=(.9, .99), muon_lr=2e-3):
+def make_optimisers(model, kind, lr, betas=(.9, .99), muon=2.0):
     """The optimisers of a model: [Adam], or [Muon, Adam] with Muon on its hidden kernels.
 
     Hidden: matrices and convolutions with at least 32 channels on both sides, unless their name
-    begins with one in `model.adam_only`.
+    begins with one in `model.adam_only`. Muon's rate is `muon` times Adam's.
     """
     hidden, rest = [], []
     skip = getattr(model, "adam_only", ())
@@ -69,7 +69,7 @@ def make_optimisers(model, kind, lr, betas=(.9, .99), muon_lr=2e-3):
         (hidden if is_hidden else rest).append(p)
     chosen = [torch.optim.Adam(rest, lr=lr, betas=betas)]
     if hidden:
-        chosen.insert(0, Muon(hidden, lr=muon_lr))
+        chosen.insert(0, Muon(hidden, lr=muon * lr))
     for optimiser in chosen:
         for group in optimiser.param_groups:
             group["base_lr"] = group["lr"]
@@ -111,7 +111,7 @@ def check_finite(value, step, last):
     """The value; UserError, before anything is saved, where it is not a number."""
     if not math.isfinite(value):
         raise media.UserError(f"step {step}: the loss is not a number any more; {last} holds the "
-                              "last good weights, if any were saved; lower --lr")
+                              "last good weights, if any were saved; try half the --lr")
     return value
 
 

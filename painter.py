@@ -1,7 +1,7 @@
 """Fills what `faces` places: backgrounds and clothes once a clip, the head frame by frame.
 
 Order, back to front: wall, back hair, neck, clothes, ears, head and light, beard, mouth, nose,
-eyes, brows, glasses, front hair, hat. Coordinates are pixels of the enlarged canvas.
+eyes, brows, front hair, mask, glasses, hat. Coordinates are pixels of the enlarged canvas.
 """
 from __future__ import annotations
 

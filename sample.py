@@ -58,7 +58,8 @@ def load_models(folder, device, wav2vec2=None):
         mean, std = (torch.tensor(held[k]).view(vae.config.latent, 1, 1).to(device)
                      for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise media.UserError(f"{path}: its latents' mean and std are missing") from error
+        raise media.UserError(f"{path}: its latents' mean and std are missing; copy or train it "
+                              "again") from error
     if held.get("vae") != training.fingerprint(vae):
         raise media.UserError(f"{path}: was trained on another VAE's latents; train_diffusion.py "
                               "--vae makes one for this VAE")

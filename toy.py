@@ -341,6 +341,8 @@ def _start_worker():
         multiprocessing.parent_process().join()
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()                            # so is SIGTERM to the whole group
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -9,7 +9,8 @@ Clips are encoded by E_M once, when they join the pool; a step takes random sub-
 (everything), motion.pt (the EMA in fp16), log.csv, curve.png and grid.png: unseen heads speaking,
 the truth through the VAE above what the model makes of the sound.
 
-Departures from the paper: sub-sequences of the `toy` preset are shorter than its 125-250 frames.
+Departures from the paper: the `toy` preset trains with Muon on sub-sequences shorter than 125-250
+frames. Dropout, which it has none of, is drawn by process and not by global sample.
 """
 from __future__ import annotations
 
@@ -37,13 +38,13 @@ from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, mouth_opening, region_box
 
 # B.1: Adam, rate, inverse square root, batch and frames; the rest is ours
 PAPER = {"optimiser": "adam", "lr": 1e-4, "betas": (.9, .999), "schedule": "inverse_sqrt",
-         "batch": 16, "frames": (125, 250), "warmup": 8000}
+         "batch": 16, "frames": (125, 250), "seconds": 12.0, "warmup": 8000}
 RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
-                   "batch": 8, "frames": (64, 96), "warmup": 200},
+                   "batch": 8, "frames": (64, 96), "seconds": 4.8, "warmup": 200},
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHT = (EYE_LEFT, EYE_RIGHT, MOUTH), .5
-FIRST_CLIPS, CLIPS_A_STEP, CLIP_SECONDS = 48, .06, 4.8
+FIRST_CLIPS, CLIPS_A_STEP = 48, .06
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
@@ -56,7 +57,7 @@ def arguments(argv):
     what.add_argument("--clips", type=int, default=1600, help="rendered clips, made along the way")
     what.add_argument("--speech", choices=audio.FEATURES, default="mel", help="speech features")
     what.add_argument("--wav2vec2", metavar="FILE", help="weights for --speech wav2vec2")
-    training.add_arguments(p, "runs/diffusion", "make clips")
+    training.add_loop_arguments(p, "runs/diffusion", "make clips")
     args = p.parse_args(argv)
     args.out = args.out or "runs/diffusion"
     training.settle(args, RECIPES[args.preset], minutes=45.0)
@@ -210,18 +211,18 @@ def main(argv=None):
         last, {"model": model}, optimisers, ema,
         same={"preset": args.preset, "seed": args.seed, "vae": vae_is}, fresh=args.fresh)
     statistics |= {name: held[name] for name in ("mean", "std") if held}
-    budget = training.Budget(args.steps, args.minutes, spent)
+    budget = training.Budget(args.steps, args.minutes)
     objective = diffusion.Objective(model)
     net = training.distribute(objective, processes)
 
     # ---- data ----
-    make = functools.partial(data.toy_motion, seed=args.seed, seconds=CLIP_SECONDS,
+    make = functools.partial(data.toy_motion, seed=args.seed, seconds=recipe["seconds"],
                              size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
     first, clips = min(FIRST_CLIPS, args.clips), args.clips
     if args.data:
         paths = data.clip_paths(args.data)
-        make = functools.partial(data.clip_motion, paths=paths, size=vae.config.size,
-                                 kind=args.speech, weights=args.wav2vec2)
+        make = functools.partial(data.clip_motion, paths=paths, seed=args.seed,
+                                 size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
         first = clips = len(paths)
     source = data.GrowingPool(make, first, CLIPS_A_STEP, clips, args.workers)
     motions = Motions(source, vae, device, **statistics)
@@ -233,9 +234,6 @@ def main(argv=None):
         lengths = drawn["mask"].sum(1).tolist()
         return drawn | diffusion.draw_batch(args.seed, at, samples, lengths, config)
     batches = training.ahead(prepare, step, device)
-    if args.fresh:
-        last.unlink(missing_ok=True)
-    log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
     shadow = diffusion.MotionModel(config).to(device).eval()
 
     def report():
@@ -270,6 +268,9 @@ def main(argv=None):
         budget.begin(spent)                                 # what is made again was paid for
         if processes.leads:
             unseen = Unseen(vae, motions, args.speech, args.wav2vec2, device)
+        if args.fresh:
+            last.unlink(missing_ok=True)
+        log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
         while True:
             used, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
             done = used >= 1 or stopping

@@ -145,33 +145,39 @@ def generator(*key):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-def add_arguments(p, out, workers):
-    """The flags that the VAE's and the diffusion model's loop share."""
+def add_arguments(p, out, workers, dtypes=("auto", "bf16", "fp32")):
+    """The flags that the loops share. Returns their group."""
     run = p.add_argument_group("the run")
     run.add_argument("--out", help=f"folder of the run (default: {out}); again: go on")
     run.add_argument("--fresh", action="store_true", help="start over in OUT")
-    run.add_argument("--init", metavar="FILE", help="start from these weights")
-    run.add_argument("--compare", metavar="FILE", help="draw curve.png over these curves, such as "
-                     "results/toy_curves.csv")
     run.add_argument("--steps", type=int, help="budget in steps (resumes bit by bit)")
     run.add_argument("--minutes", type=float, help="budget in minutes, all parts together")
     run.add_argument("--every", type=int, default=500, help="steps between checkpoints and grids")
     run.add_argument("--batch", type=int, help="samples a step, over all processes")
-    run.add_argument("--accumulate", type=int, default=1, help="parts a batch is cut into")
-    run.add_argument("--lr", type=float, help="Adam's learning rate")
-    run.add_argument("--optimiser", choices=("muon", "adam"), help="default: the preset's")
-    run.add_argument("--warmup", type=int, help="steps of rising learning rate")
+    run.add_argument("--lr", type=float, help="Adam's learning rate; Muon's grows with it")
     run.add_argument("--seed", type=int, default=0, help="of weights, data and draws")
     run.add_argument("--workers", type=int, help=f"processes that {workers}")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    run.add_argument("--dtype", choices=("auto", "bf16", "fp32", "fp64"), default="auto")
+    run.add_argument("--dtype", choices=dtypes, default="auto")
+    return run
+
+
+def add_loop_arguments(p, out, workers):
+    """The flags of the VAE's and the diffusion model's loop."""
+    run = add_arguments(p, out, workers, ("auto", "bf16", "fp32", "fp64"))
+    run.add_argument("--init", metavar="FILE", help="start from these weights")
+    run.add_argument("--compare", metavar="FILE", help="draw curve.png over these curves, such as "
+                     "results/toy_curves.csv")
+    run.add_argument("--accumulate", type=int, help="parts a batch is cut into")
+    run.add_argument("--optimiser", choices=("muon", "adam"), help="default: the preset's")
+    run.add_argument("--warmup", type=int, help="steps of rising learning rate")
 
 
 def settle(args, recipe, minutes):
-    """Fill in the preset's recipe and the default budget; UserError for what makes no sense."""
-    for name in ("batch", "lr", "optimiser", "warmup"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
+    """Fill in the recipe and the default budget; UserError for what makes no sense."""
+    for name, value in ({"accumulate": 1} | recipe).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     if args.steps is None and args.minutes is None:
         args.minutes = minutes
     Budget(args.steps, args.minutes)
@@ -186,11 +192,11 @@ def settle(args, recipe, minutes):
 class Budget:
     """How long a run lasts: `steps`, or `minutes` summed over all its resumed parts."""
 
-    def __init__(self, steps=None, minutes=None, spent=0.0):
+    def __init__(self, steps=None, minutes=None):
         if (steps is None) == (minutes is None) or not (minutes if steps is None else steps) > 0:
             raise media.UserError("give either --steps or --minutes, above zero")
         self.steps, self.minutes = steps, minutes
-        self.start = time.monotonic() - 60 * spent
+        self.start = time.monotonic()
 
     def begin(self, spent):
         """Set the clock of a resumed run, which has made its data again, to what was spent."""
@@ -252,6 +258,8 @@ def save(path, state):
             torch.save(state, temporary)
         except RuntimeError as error:                           # how torch reports a full disk
             raise OSError(f"cannot be saved: {error}".split("\n")[0]) from error
+    for left in Path(path).parent.glob(f".{Path(path).stem}.*{Path(path).suffix}"):
+        left.unlink()                           # by a process that was killed while it saved
 
 
 def ship(path, state, **told):
@@ -271,7 +279,7 @@ def fingerprint(model):
 def load(path, device="cpu"):
     """Read a checkpoint of plain types and tensors; nothing in it can run."""
     if not os.path.isfile(path):
-        raise media.UserError(f"{path}: no such checkpoint")
+        raise media.UserError(f"{path}: no such checkpoint; train one first")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict):
@@ -279,7 +287,7 @@ def load(path, device="cpu"):
     except Exception as error:                           # unpickling raises a dozen kinds
         reason = str(error).split("\n")[0][:120]
         raise media.UserError(f"{path}: not a checkpoint of this project, or cut short "
-                              f"({reason})") from error
+                              f"({reason}); copy or train it again") from error
     return state
 
 
@@ -289,7 +297,8 @@ def load_weights(model, weights, path):
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise media.UserError(f"{path}: its weights do not fit this model ({reason})") from error
+        raise media.UserError(f"{path}: its weights do not fit this model ({reason}); copy or "
+                              "train it again") from error
     return model
 
 
@@ -301,7 +310,8 @@ def load_model(kind, config, path, device="cpu"):
         weights = {k: v.float() if v.is_floating_point() else v for k, v in held["weights"].items()}
     except Exception as error:                           # sizes of a foreign config can be anything
         reason = " ".join(str(error).split())[:120]
-        raise media.UserError(f"{path}: not the weights of a {kind.__name__} ({reason})") from error
+        raise media.UserError(f"{path}: not the weights of a {kind.__name__} ({reason}); copy or "
+                              "train it again") from error
     model = load_weights(model, weights, path).to(device)
     return model.eval().requires_grad_(False), held
 

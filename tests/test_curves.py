@@ -21,6 +21,17 @@ def test_a_resumed_log_drops_the_rows_after_its_checkpoint(tmp_path):
     assert curves.read_log(path)[-1]["loss"] == 9
 
 
+def test_the_pace_of_a_run(tmp_path, monkeypatch):
+    """Ten steps of 8 pictures in 2 s, of which each waited .02 s; the next call counts anew."""
+    now = iter([100.0, 102.0, 103.0])
+    monkeypatch.setattr(curves.time, "monotonic", lambda: next(now))
+    log = curves.Log(tmp_path / "log.csv", ["wait"])
+    for step in range(10):
+        log.write(8, step=step, minutes=0.0, wait=.02)
+    assert log.pace("pictures") == "40 pictures a second, 10% of the time for data"
+    assert log.pace("pictures") == "0 pictures a second, 0% of the time for data"
+
+
 def test_curves_are_drawn_where_the_values_are(tmp_path):
     """A falling loss is a coloured line from the upper left to the lower right of its chart."""
     path = tmp_path / "log.csv"

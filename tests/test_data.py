@@ -31,7 +31,7 @@ def test_a_batch_is_the_same_however_it_is_split():
 
 def test_frames_of_an_example_are_two_of_one_head():
     """Reference and target differ, are of one identity, and x_m is drawn from the target's points."""
-    frames = data.ToyFrames(0, identities=3, frames=3, size=64, workers=0)
+    frames = data.toy_frames(0, identities=3, frames=3, size=64, workers=0)
     frames.grow(0)
     pairs = [frames.example(np.random.default_rng(k)) for k in range(200)]
     differ = [p for p in pairs if not torch.equal(p["reference"], p["target"])]
@@ -105,17 +105,19 @@ def test_clips_at_rest_hold_the_renderers_truth(folder):
 
 
 def test_training_sees_no_difference_between_clips_and_renderer(folder):
-    """ClipFrames gives the same kind of example as ToyFrames, clip_motion as toy_motion."""
-    example = data.ClipFrames(folder, 64, stride=5).example(np.random.default_rng(0))
-    rendered = data.ToyFrames(0, 2, 2, 64, 0)
+    """clip_frames gives the same kind of example as toy_frames, clip_motion as toy_motion."""
+    example = data.clip_frames(folder, 64, stride=5).example(np.random.default_rng(0))
+    rendered = data.toy_frames(0, 2, 2, 64, 0)
     rendered.grow(0)
     for name, value in rendered.example(np.random.default_rng(0)).items():
         assert example[name].shape == value.shape and example[name].dtype == value.dtype
     paths = data.clip_paths(folder)
-    motion, wanted = data.clip_motion(0, paths, 64), data.toy_motion(0, seconds=1.0, augment=False)
+    motion, wanted = (make(0, augment=False, **more) for make, more in (
+        (data.clip_motion, {"paths": paths, "size": 64}), (data.toy_motion, {"seconds": 1.0})))
     for name in wanted:
         assert motion[name].shape == wanted[name].shape
     assert np.corrcoef(motion["speech"].ravel(), wanted["speech"].ravel())[0, 1] > .9
+    assert not np.array_equal(data.clip_motion(0, paths, 64)["speech"], motion["speech"])   # augmented
 
 
 def test_the_same_command_goes_on(folder):
@@ -140,7 +142,7 @@ def test_broken_data_sets_are_named(folder, tmp_path):
     with pytest.raises(media.UserError, match="none.npz"):
         data.read_clip(Path(tmp_path) / "none.mp4")
     with pytest.raises(media.UserError, match="64x64"):
-        data.ClipFrames(folder, 128)
+        data.clip_frames(folder, 128)
     with pytest.raises(media.UserError, match="64x64"):
         data.clip_motion(0, data.clip_paths(folder), 128)
     with pytest.raises(media.UserError, match="other flags"):
@@ -158,7 +160,7 @@ def test_clips_whose_frames_are_not_valid(folder, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"clips": [path.name for path in paths]}))
     with pytest.raises(media.UserError, match="toy_000000.*not valid"):
         data.clip_motion(0, paths, 64)
-    assert len(data.ClipFrames(tmp_path, 64, stride=5).pictures) == 1
+    assert len(data.clip_frames(tmp_path, 64, stride=5).pictures) == 1
 
 
 def test_rare_looks_come_more_often_in_training(monkeypatch):

@@ -4,6 +4,7 @@ A case ends in a video of the right length, or in one line that names the culpri
 traceback, a hang, a half-written file, or a changed one.
 """
 import contextlib
+import faulthandler
 import os
 import resource
 import signal
@@ -72,6 +73,7 @@ def files(tmp_path_factory):
     picture.resize((90, 90)).save(f / "small.png")
     with media.VideoWriter(f / "video.mp4", 128, 128, voice) as video:
         video.write(np.repeat(np.asarray(picture.resize((128, 128)))[None], 12, 0))
+    (f / "link.mp4").symlink_to("video.mp4")
     (f / "other.partial.mp4").write_bytes((f / "video.mp4").read_bytes())
     with media.VideoWriter(f / "silent_video.mp4", 128, 128) as video:
         video.write(np.repeat(np.asarray(picture.resize((128, 128)))[None], 12, 0))
@@ -136,7 +138,9 @@ def files(tmp_path_factory):
                 torch.save(content, folder / f"{part}.pt")
     shipped = (training.SHIPPED / "vae.pt").read_bytes()
     held = training.load(training.SHIPPED / "vae.pt")
-    weights("cut_vae", vae=shipped[:len(shipped) // 2])
+    for part in ("vae", "motion", "detector"):
+        whole = (training.SHIPPED / f"{part}.pt").read_bytes()
+        weights(f"cut_{part}", **{part: whole[:len(whole) // 2]})
     weights("hostile_motion", motion=Hostile())
     weights("hostile_detector", detector={"config": {}, "weights": Hostile()})
     weights("foreign_vae", vae={"state_dict": {"a": torch.ones(3)}})
@@ -190,6 +194,8 @@ REFUSED = [                                               # flags, what the one 
     ("--audio face.png", "no audio"), ("--audio silent_video.mp4", "no audio"),
     ("--checkpoint missing", "no vae.pt"), ("--checkpoint empty_weights", "no vae.pt"),
     ("--checkpoint face.png", "no vae.pt"), ("--checkpoint cut_vae", "cut short"),
+    ("--checkpoint cut_motion", "cut short"), ("--checkpoint cut_detector", "cut short"),
+    ("--out link.mp4 --audio video.mp4", "input"), ("--sheet face.png", "input"),
     ("--checkpoint hostile_motion", "not a checkpoint"),
     ("--checkpoint hostile_detector", "not a checkpoint"),
     ("--checkpoint foreign_vae", "not the weights of a VAE"),
@@ -207,14 +213,15 @@ REFUSED = [                                               # flags, what the one 
     ("--sheet /proc/a.png", "/proc/a.png"),
     ("--out other.mp4 --audio other.partial.mp4", "input"),
     ("--nonsense 3", "--nonsense"), ("--detector eyes", "eyes"), ("--wav2vec2 missing.pt", "mel"),
-    ("--out out.txt", "out.txt"), ("--out out", "ends in"), ("--out folder.png", "folder.png"),
+    ("--out .", "ends in"), ("--out /", "ends in"), ("--out out.txt", "out.txt"),
+    ("--out out", "ends in"), ("--out folder.png", "folder.png"),
     ("--out face.png/a.mp4", "face.png"), ("--out video.mp4 --audio video.mp4", "input"),
     ("--out /proc/a.mp4", "/proc/a.mp4"), ("--sheet sheet.xyz", "sheet.xyz"),
 ]
 
 
-class Slow(Exception):
-    pass
+class Slow(BaseException):
+    """No `except Exception` takes it for a broken file."""
 
 
 @contextlib.contextmanager
@@ -224,9 +231,11 @@ def within(seconds):
         raise Slow
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
+    faulthandler.dump_traceback_later(seconds + 15, exit=True)           # for loops in C
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
 
@@ -274,6 +283,8 @@ def test_what_cannot_be_done_is_one_line(files, flags, told, monkeypatch):
     """One line names the culprit; nothing is written, nothing is changed."""
     error = speak(files, flags.split(), monkeypatch)
     assert error and told in error, error
+    if flags.split()[0] in ("--image", "--audio", "--checkpoint"):
+        assert flags.split()[-1] in error and "; " in error, f"without a name or advice: {error}"
 
 
 @pytest.mark.parametrize("name", ["face.png", "face.jpg", "face.webp", "voice.wav", "video.mp4"])

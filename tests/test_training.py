@@ -72,7 +72,9 @@ def test_schedules():
 def test_budget_counts_steps_or_minutes():
     """A budget is in steps or in minutes over all parts of a run, and never in both or neither."""
     assert training.Budget(steps=10).share(5) == .5
-    assert training.Budget(minutes=2, spent=1).share(0) == pytest.approx(.5, abs=.01)
+    resumed = training.Budget(minutes=2)
+    resumed.begin(1)
+    assert resumed.share(0) == pytest.approx(.5, abs=.01)
     for wrong in ({}, {"steps": 1, "minutes": 1}, {"steps": -1}, {"steps": 0}, {"minutes": 0},
                   {"minutes": float("nan")}):
         with pytest.raises(media.UserError):
