@@ -87,14 +87,20 @@ def test_keyed_generators():
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
 
 
-def test_a_signal_asks_to_stop_and_handlers_come_back():
-    """SIGTERM inside `with stop_on_signals()` is noted; outside the old handler is back."""
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_signal_asks_to_stop_and_handlers_come_back(monkeypatch):
+    """SIGTERM inside `with stop_on_signals()` is noted, and torchrun's echo of it; one that comes
+    later ends at once; outside the old handler is back."""
+    before, now = signal.getsignal(signal.SIGTERM), 100.0
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
     with training.stop_on_signals() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(.05)
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop
+        now = 103.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(.05)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
