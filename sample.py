@@ -132,8 +132,8 @@ def add_arguments(p):
     p.add_argument("--wav2vec2", metavar="FILE", help="wav2vec 2.0's weights")
     p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
     p.add_argument("--steps", type=solver_steps, default=20, help="of the solver")
-    p.add_argument("--pose", choices=("predict", "free", "still"), default="predict",
-                   help="head poses: from speech, left to the model, or the portrait's own")
+    p.add_argument("--pose", choices=("free", "predict", "still"), default="free",
+                   help="head poses: left to the model, from P, or the portrait's own")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
