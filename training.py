@@ -123,15 +123,15 @@ def averaged(terms, processes):
 
 @contextlib.contextmanager
 def together():
-    """UserError, on every process that is left, when another one has died. Decorates `main`."""
+    """One line, on every process that is left, when another one has died. Decorates `main`."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise media.UserError(f"process {os.environ.get('RANK', 0)}: another process of this run "
-                              "has ended; the same command goes on from the last checkpoint"
-                              ) from error
+        print(f"error: process {os.environ.get('RANK', 0)}: another process of this run has ended; "
+              "the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(2)                 # gloo's threads cannot be ended in an orderly way any more
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

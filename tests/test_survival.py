@@ -231,7 +231,7 @@ def within(seconds):
         raise Slow
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(seconds + 15, exit=True)           # for loops in C
+    faulthandler.dump_traceback_later(seconds + 15, exit=True, file=sys.__stderr__)     # loops in C
     try:
         yield
     finally:
