@@ -161,7 +161,7 @@ class MotionConfig:
     times: int = 2               # how much wider the feed-forwards are inside
     kernel: int = 15             # of the convolution modules, frames
     token_width: int = 32        # of a reference token
-    speech_layers: int = 2       # of A
+    speech_layers: int = 3       # of A
     pose_width: int = 64         # of P
     dropout: float = 0.0
     window: int = 96             # frames sampled at once
@@ -186,7 +186,7 @@ PRESETS = {
     "small": MotionConfig(**_PAPER, width=512, layers=6, token_width=512, pose_width=512),
     "base": MotionConfig(**_PAPER, width=1280, layers=12, token_width=1280, pose_width=1280),
     "large": MotionConfig(**_PAPER, width=2048, layers=12, token_width=2048, pose_width=2048),
-}       # parameters: 3.5M; 52M, 607M, 1.55B (B.1: 180M, 600M, 1.2B, wav2vec 2.0 perhaps counted in)
+}       # parameters: 4.0M; 56M, 629M, 1.61B (B.1: 180M, 600M, 1.2B, wav2vec 2.0 perhaps counted in)
 
 
 class SpeechEncoder(nn.Module):
@@ -197,14 +197,14 @@ class SpeechEncoder(nn.Module):
         d = config.width
         self.door = nn.Linear(config.speech_features, d)
         self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(config.speech_layers))
-        self.mixes = nn.ModuleList(nn.Conv1d(d, d, 9, padding=4, groups=d) for _ in self.norms)
-        self.outs = nn.ModuleList(nn.Linear(d, d) for _ in self.norms)
+        self.convolutions = nn.ModuleList(nn.Conv1d(d, d, 5, padding=2) for _ in self.norms)
 
     def forward(self, speech, mask=None):
         x = self.door(speech)                                                 # (B, N, D)
-        for norm, mix, out in zip(self.norms, self.mixes, self.outs):
-            h = norm(x) if mask is None else norm(x) * mask[..., None]
-            x = x + out(F.silu(mix(h.mT).mT))
+        for norm, convolution in zip(self.norms, self.convolutions):
+            h = F.silu(norm(x))
+            h = h if mask is None else h * mask[..., None]
+            x = x + convolution(h.mT).mT
         return x
 
 
@@ -235,7 +235,7 @@ class PosePredictor(nn.Module):
 class MotionModel(nn.Module):
     """S with A and P."""
 
-    adam_only = ("door", "out", "position", "speech_encoder.door", "pose_predictor")
+    adam_only = ("door", "out", "position", "pose_predictor")
 
     def __init__(self, config):
         super().__init__()

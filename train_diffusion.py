@@ -40,11 +40,11 @@ from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, mouth_opening, region_box
 PAPER = {"optimiser": "adam", "lr": 1e-4, "betas": (.9, .999), "schedule": "inverse_sqrt",
          "batch": 16, "frames": (125, 250), "seconds": 12.0, "warmup": 8000}
 RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedule": "trapezoid",
-                   "batch": 8, "frames": (64, 96), "seconds": 4.8, "warmup": 200},
+                   "batch": 8, "frames": (64, 96), "seconds": 4.0, "warmup": 200},
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
-REGIONS, REGION_WEIGHT = (EYE_LEFT, EYE_RIGHT, MOUTH), .5
-FIRST_CLIPS, CLIPS_A_STEP = 48, .06
+REGIONS, REGION_WEIGHTS = (EYE_LEFT, EYE_RIGHT, MOUTH), (.75, .75, 1.25)
+FIRST_CLIPS, CLIPS_A_STEP = 64, .08
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
@@ -71,8 +71,7 @@ def region_weights(landmarks, config):
     """How much each place of z^m counts. (N, 70, 2) -> (N, 1, h_m, w_m)"""
     boxes = np.stack([region_box(landmarks, region) for region in REGIONS], 1)      # (N, R, 4) px
     cells = (boxes + .5) / config.motion_factor - .5 + (-.5, -.5, .5, .5)           # all they touch
-    shares = torch.full((len(REGIONS),), REGION_WEIGHT)
-    return vaes.weight_map(torch.tensor(cells, dtype=torch.float32), shares,
+    return vaes.weight_map(torch.tensor(cells, dtype=torch.float32), torch.tensor(REGION_WEIGHTS),
                            config.size // config.motion_factor)
 
 

@@ -9,7 +9,7 @@ fp16), log.csv, curve.png and grid.png (portrait, landmark picture, result, trut
 
 Departures from the paper: the `toy` preset has a recipe of its own (Muon); regions of the face are
 weighted; beside L1 stands a square; the adversary starts in the last quarter, its discriminator a
-little earlier; among rendered heads glasses and beards are more frequent than when it is measured.
+little earlier; glasses and beards are more frequent than among held-out heads.
 """
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def save(path, state):
             torch.save(state, temporary)
         except RuntimeError as error:                           # how torch reports a full disk
             raise OSError(f"cannot be saved: {error}".split("\n")[0]) from error
-    for left in Path(path).parent.glob(f".{Path(path).stem}.*{Path(path).suffix}"):
+    for left in Path(path).parent.glob(f".{Path(path).stem}.[0-9]*{Path(path).suffix}"):
         left.unlink()                           # by a process that was killed while it saved
 
 

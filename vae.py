@@ -10,8 +10,8 @@ shows no appearance. Letters: B batch, H W picture, h w latent, C channels. Pict
 Departures from the paper, or choices where it is silent:
 1. "Perceptual" is LPIPS where VGG16's weights are at hand, else differences of neighbouring pixels.
    Beside L1 there is a square: see `l2`.
-2. Lips, eyes and brows are under 4 % of the pixels: a weight map makes them count, and the face
-   (`weight_map`).
+2. Lips, eyes and brows are under 4 % of the pixels: a weight map makes them, and the whole face,
+   count for more (`weight_map`).
 3. Eq. 3's generator is non-saturating by default; the literal one and the hinge are options.
 4. The `toy` preset keeps z^a at a quarter and z^m at an eighth of a 128² picture: three channels
    at an eighth of a small picture lose the face.

@@ -408,5 +408,5 @@ def test_presets_are_built_and_counted():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in diffusion.MotionModel(c).parameters())
                   for name, c in diffusion.PRESETS.items()}
-    assert counts == {"toy": 3_485_139, "small": 52_417_843, "base": 607_376_995,
-                      "large": 1_550_609_251}
+    assert counts == {"toy": 3_961_107, "small": 55_817_011, "base": 628_654_435,
+                      "large": 1_605_100_387}
