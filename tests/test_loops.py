@@ -4,8 +4,11 @@ Small models, eight steps on one thread a process; the VAE's last two are with i
 """
 import dataclasses
 import functools
+import multiprocessing
 import os
+import resource                         # noqa: F401  for FULL
 import shutil
+import signal                           # noqa: F401  for SIGNAL
 import socket
 import subprocess
 import sys
@@ -22,23 +25,9 @@ import vae
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ("detector", "vae", "diffusion")
-# runs a script with a small model; PREPARE holds what else is to be done before
-RUN = f"""
-import os, resource, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-torch.set_num_threads(1)
-import detector, diffusion, media, optim, train_diffusion, train_vae, training, vae
-vae.PRESETS["toy"] = vae.VAEConfig(width=32, layers=1, depth=1)
-diffusion.PRESETS["toy"] = diffusion.MotionConfig(width=32, layers=1, token_width=32, pose_width=32)
-train_vae.Pairs.unseen.__func__.__defaults__ = train_diffusion.Unseen.__init__.__defaults__ = (2,)
-train_diffusion.Unseen.grid.__defaults__ = (2, 2)
-train_diffusion.RECIPES["toy"] |= {{"frames": (20, 48), "seconds": 2.0}}      # some are padded
-detector.held_out_frames.__defaults__ = (4, 1, 1.0)
-exec(os.environ.get("PREPARE", ""))
-scripts = {{"vae": train_vae, "diffusion": train_diffusion, "detector": detector}}
-media.run(scripts[sys.argv[1]].main, sys.argv[2:])
-"""
+# processes forked from one that has imported torch start four seconds sooner than new ones
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo"])
 # the process of a rank sends itself a signal in the middle of a step
 SIGNAL = """
 real = optim.rate_factor
@@ -82,6 +71,34 @@ def small_vae():
     return path
 
 
+def run(script, flags, settings, prepare, told=None):
+    """What a process does: run a loop with a small model, its stderr into the pipe `told`.
+    `prepare` is code that is executed before."""
+    import detector
+    import diffusion
+    import media
+    import optim                        # noqa: F401  for `prepare`
+    import train_diffusion
+    import train_vae
+    os.environ.update(settings)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if told:
+        os.dup2(told.fileno(), 2)
+        told.close()
+    torch.set_num_threads(1)
+    vae.PRESETS["toy"] = vae.VAEConfig(width=32, layers=1, depth=1)
+    diffusion.PRESETS["toy"] = diffusion.MotionConfig(width=32, layers=1, token_width=32,
+                                                      pose_width=32)
+    train_vae.Pairs.unseen.__func__.__defaults__ = (2,)
+    train_diffusion.Unseen.__init__.__defaults__ = (2,)
+    train_diffusion.Unseen.grid.__defaults__ = (2, 2)
+    train_diffusion.RECIPES["toy"] |= {"frames": (20, 48), "seconds": 2.0}    # some are padded
+    detector.held_out_frames.__defaults__ = (4, 1, 1.0)
+    exec(prepare, globals() | {"optim": optim})
+    scripts = {"vae": train_vae, "diffusion": train_diffusion, "detector": detector}
+    media.run(scripts[script].main, [str(flag) for flag in flags])
+
+
 def train(script, out, *flags, world=1, prepare="", expect=(0,), torchrun=False):
     """Run a loop on `world` processes, started here or by torchrun; `expect` are the exit statuses.
     Returns what each wrote to stderr."""
@@ -89,20 +106,30 @@ def train(script, out, *flags, world=1, prepare="", expect=(0,), torchrun=False)
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     own = [small_vae() if flag == "VAE" else flag for flag in FLAGS[script]]
-    words = [sys.executable, "-c", RUN, script, *own, "--out", out, "--workers", "0",
-             "--device", "cpu", "--batch", "6", "--every", "2", *flags]
-    settings = {"WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-                "PREPARE": prepare}
+    flags = [*own, "--out", out, "--workers", "0", "--device", "cpu", "--batch", "6", "--every", "2",
+             *flags]
     if torchrun:
+        code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; import test_loops; " \
+               f"test_loops.run({script!r}, sys.argv[1:], {{}}, {prepare!r})"
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world,
-                 "--master_port", port, "--no-python", *words]
-    started = []
-    for rank in range(1 if torchrun else world):
-        env = os.environ | {k: str(v) for k, v in (settings | {"RANK": rank}).items()}
-        started.append(subprocess.Popen([str(w) for w in words], cwd=ROOT, env=env, text=True,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    told = [process.communicate(timeout=240)[1] for process in started]
-    assert [p.returncode for p in started] == list(expect) * (len(started) // len(expect)), told
+                 "--master_port", port, "--no-python", sys.executable, "-c", code, *flags]
+        done = subprocess.run([str(w) for w in words], cwd=ROOT, timeout=240, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        status, told = [done.returncode], [done.stderr]
+    else:
+        pipes, started, told = [FORKS.Pipe(duplex=False) for _ in range(world)], [], []
+        for rank, (_, end) in enumerate(pipes):
+            settings = {"WORLD_SIZE": str(world), "RANK": str(rank), "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": str(port)}
+            started.append(FORKS.Process(target=run, args=(script, flags, settings, prepare, end)))
+            started[-1].start()
+            end.close()
+        for process, (begin, _) in zip(started, pipes):
+            with open(begin.fileno(), closefd=False) as text:
+                told.append(text.read())
+            process.join(240)
+        status = [process.exitcode for process in started]
+    assert status == list(expect) * (len(status) // len(expect)), told
     return told
 
 
