@@ -295,8 +295,7 @@ def score_speech(plan, clips, models, finder, how, sampler, steps):
                         "shuffled": np.nanmean(rows["shuffled" + n])} for n in ("", "8"))
     numbers = {"lip_r": score(rows["r"], **beside), "lip_r_mean8": score(rows["mean8"], **beside8),
                "lip_gain": score(rows["gain"], truth=1.0, baseline=0.0),
-               "lip_r_twin": score(twins),
-               "pose_mae": score(rows["mae"])}
+               "lip_r_twin": score(twins), "pose_mae": score(rows["mae"])}
     if rows["mae"]:
         numbers["pose_mae"]["baseline"] = np.mean(rows["still_mae"])
     for axis, name in enumerate(("pitch", "yaw", "roll")):
