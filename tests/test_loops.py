@@ -6,13 +6,12 @@ import dataclasses
 import functools
 import multiprocessing
 import os
-import resource                         # noqa: F401  for FULL
 import shutil
-import signal                           # noqa: F401  for SIGNAL
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import curves
 import training
 import vae
 
+pytest.importorskip("resource", reason="the loops are stopped by the signals and limits of Unix")
 ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ("detector", "vae", "diffusion")
 # processes forked from one that has imported torch start four seconds sooner than new ones
@@ -30,6 +30,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo"])
 # the process of a rank sends itself a signal in the middle of a step
 SIGNAL = """
+import optim, os, signal
 real = optim.rate_factor
 def rate_factor(schedule, step, *rest):
     if step == {step} and os.environ["RANK"] == "{rank}":
@@ -39,11 +40,13 @@ optim.rate_factor = rate_factor
 """
 # a learning rate beyond all bounds from step 4 on
 EXPLODE = """
+import optim
 real = optim.rate_factor
 optim.rate_factor = lambda schedule, step, *rest: 1e30 if step > 3 else real(schedule, step, *rest)
 """
 # kill -9 while the checkpoint of step 6 is being written
 KILLED_SAVING = """
+import os, signal, torch
 real = torch.save
 def save(state, path):
     if state.get("step") == 6:
@@ -52,12 +55,13 @@ def save(state, path):
     return real(state, path)
 torch.save = save
 """
-FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))"
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))"
 FINE = ["--dtype", "fp64", "--warmup", "2"]
 FLAGS = {"vae": ["--identities", "3", "--frames", "3", *FINE],
          "diffusion": ["--vae", "VAE", "--clips", "3", *FINE],
          "detector": ["--identities", "4"]}
 STEPS = ["--steps", "8"]
+LIMIT = 240                             # seconds for a run
 
 
 @functools.cache
@@ -71,13 +75,12 @@ def small_vae():
     return path
 
 
-def run(script, flags, settings, prepare, told=None):
+def one_process(script, flags, settings, prepare, told=None):
     """What a process does: run a loop with a small model, its stderr into the pipe `told`.
     `prepare` is code that is executed before."""
     import detector
     import diffusion
     import media
-    import optim                        # noqa: F401  for `prepare`
     import train_diffusion
     import train_vae
     os.environ.update(settings)
@@ -94,7 +97,7 @@ def run(script, flags, settings, prepare, told=None):
     train_diffusion.Unseen.grid.__defaults__ = (2, 2)
     train_diffusion.RECIPES["toy"] |= {"frames": (20, 48), "seconds": 2.0}    # some are padded
     detector.held_out_frames.__defaults__ = (4, 1, 1.0)
-    exec(prepare, globals() | {"optim": optim})
+    exec(prepare, {})
     scripts = {"vae": train_vae, "diffusion": train_diffusion, "detector": detector}
     media.run(scripts[script].main, [str(flag) for flag in flags])
 
@@ -109,11 +112,11 @@ def train(script, out, *flags, world=1, prepare="", expect=(0,), torchrun=False)
     flags = [*own, "--out", out, "--workers", "0", "--device", "cpu", "--batch", "6", "--every", "2",
              *flags]
     if torchrun:
-        code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; import test_loops; " \
-               f"test_loops.run({script!r}, sys.argv[1:], {{}}, {prepare!r})"
+        code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; " \
+               f"import test_loops; test_loops.one_process({script!r}, sys.argv[1:], {{}}, {prepare!r})"
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world,
                  "--master_port", port, "--no-python", sys.executable, "-c", code, *flags]
-        done = subprocess.run([str(w) for w in words], cwd=ROOT, timeout=240, text=True,
+        done = subprocess.run([str(w) for w in words], cwd=ROOT, timeout=LIMIT, text=True,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         status, told = [done.returncode], [done.stderr]
     else:
@@ -121,13 +124,18 @@ def train(script, out, *flags, world=1, prepare="", expect=(0,), torchrun=False)
         for rank, (_, end) in enumerate(pipes):
             settings = {"WORLD_SIZE": str(world), "RANK": str(rank), "MASTER_ADDR": "localhost",
                         "MASTER_PORT": str(port)}
-            started.append(FORKS.Process(target=run, args=(script, flags, settings, prepare, end)))
+            started.append(FORKS.Process(target=one_process,
+                                         args=(script, flags, settings, prepare, end)))
             started[-1].start()
             end.close()
+        late = threading.Timer(LIMIT, lambda: [process.kill() for process in started])
+        late.start()
         for process, (begin, _) in zip(started, pipes):
             with open(begin.fileno(), closefd=False) as text:
                 told.append(text.read())
-            process.join(240)
+            process.join()
+        assert late.is_alive(), f"not done after {LIMIT} s"
+        late.cancel()
         status = [process.exitcode for process in started]
     assert status == list(expect) * (len(status) // len(expect)), told
     return told
