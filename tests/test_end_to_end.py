@@ -1,4 +1,5 @@
 """The whole road: the commands that users type, in miniature and with the shipped weights."""
+import dataclasses
 import json
 import os
 import re
@@ -128,6 +129,36 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     assert len(list(media.read_video(tmp_path / "a.partial.mp4"))) == 32
     heard = media.read_sound(tmp_path / "a.partial.mp4")
     assert 32 * 640 <= len(heard) < 32 * 640 + 2048
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_speech(tmp_path):
+    """100 s of speech through small models: peak memory within 10 % of that of 20 s, plus the sound.
+    The frames alone would be 98 MB."""
+    import diffusion
+    import vae
+    torch.manual_seed(0)
+    model = vae.VAE(vae.VAEConfig(width=32, layers=1, depth=1))
+    motion = diffusion.MotionModel(diffusion.MotionConfig(width=32, layers=1, token_width=32))
+    for name, made, more in (("vae", model, {}), ("motion", motion, {
+            "vae": training.fingerprint(model), "mean": [0.0] * 3, "std": [1.0] * 3})):
+        training.save(tmp_path / f"{name}.pt", {"config": dataclasses.asdict(made.config),
+                                                "weights": made.state_dict()} | more)
+    shutil.copy(SHIPPED / "detector.pt", tmp_path)
+    voice = media.read_sound(ROOT / "assets" / "speech.wav")
+    code = ("import sys, sample; sample.main(sys.argv[1:], quiet=True); "
+            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+    peak = {}
+    for seconds in (20, 100):
+        media.write_sound(tmp_path / "a.wav", np.resize(voice, seconds * media.RATE))
+        done = subprocess.run([sys.executable, "-c", code, "--image", "assets/face.png", "--audio",
+                               str(tmp_path / "a.wav"), "--out", str(tmp_path / "a.mp4"), "--steps", "1",
+                               "--checkpoint", str(tmp_path), "--device", "cpu"], cwd=ROOT, text=True,
+                              env={**os.environ, "MALLOC_ARENA_MAX": "1"},   # one heap: less noise
+                              capture_output=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        peak[seconds] = int(done.stdout) / 1000                                     # MB
+    assert peak[100] < 1.1 * peak[20] + 80 * media.RATE * 4 / 1e6, peak
 
 
 def test_attention_to_the_reference_is_not_uniform():
