@@ -72,18 +72,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, tokens):
         """x (B, N, D), tokens (B, L, E) -> (B, N, D)."""
-        q, k, v = self._ask(x, tokens)
+        q, = split(self.q(self.norm(x)), 1, self.heads)                      # (B, H, N, D/H)
+        k, v = split(self.kv(self.token_norm(tokens)), 2, self.heads)        # (B, H, L, D/H)
         y = F.scaled_dot_product_attention(q, k, v)
         return F.dropout(self.out(join(y)), self.dropout, self.training)
-
-    def weights(self, x, tokens):
-        """What `forward` attends to: (B, H, N, L), each row sums to 1."""
-        q, k, _ = self._ask(x, tokens)
-        return (q @ k.mT / q.shape[-1] ** .5).softmax(-1)
-
-    def _ask(self, x, tokens):
-        q, = split(self.q(self.norm(x)), 1, self.heads)                      # (B, H, N, D/H)
-        return q, *split(self.kv(self.token_norm(tokens)), 2, self.heads)    # (B, H, L, D/H)
 
 
 class Convolution(nn.Module):
@@ -121,15 +113,11 @@ class ConformerBlock(nn.Module):
         self.second = FeedForward(width, times, dropout)
         self.norm = nn.LayerNorm(width)
 
-    def before_cross(self, x, time, speech, mask=None):
-        """The part above cross-attention, whose result asks the reference. (B, N, D)"""
-        x = x + self.time(time)[:, None] + self.speech(speech)               # (B, N, D)
-        x = x + self.first(x) / 2
-        return x + self.attention(x, mask)
-
     def forward(self, x, time, speech, tokens, mask=None):
         """x, speech (B, N, D), time (B, D), tokens (B, L, E), mask (B, N) -> (B, N, D)."""
-        x = self.before_cross(x, time, speech, mask)
+        x = x + self.time(time)[:, None] + self.speech(speech)               # (B, N, D)
+        x = x + self.first(x) / 2
+        x = x + self.attention(x, mask)
         x = x + self.cross(x, tokens)
         x = x + self.convolution(x, mask)
         return self.norm(x + self.second(x) / 2)
@@ -150,14 +138,6 @@ class Conformer(nn.Module):
         for block in self.blocks:
             x = block(x, time, speech, tokens, mask)
         return x
-
-    def reference_attention(self, x, time, speech, tokens):
-        """Attention of every block to the reference: a list of (B, H, N, L)."""
-        weights = []
-        for block in self.blocks:
-            weights.append(block.cross.weights(block.before_cross(x, time, speech), tokens))
-            x = block(x, time, speech, tokens)
-        return weights
 
 
 def split(x, parts, heads):

@@ -9,6 +9,8 @@ of posterior means, normalised per channel; poses are degrees (pitch, yaw, roll)
 Departures from the paper, or choices where it is silent:
 1. beta is linear from 0.1 to 20, as in Song et al. (2021).
 2. The reference is attended to as h w tokens: attention to one repeated vector is a linear map.
+   It also enters S at its door and adds a learnt share of itself to ẑ_0 (`direct`): whose face it
+   is makes up two thirds of the latents' variance and need not be made anew in every frame.
 3. Speech and pose are dropped in a share of the training samples: pose may then be left free.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
@@ -164,6 +166,7 @@ class MotionConfig:
     speech_layers: int = 3       # of A
     pose_width: int = 64         # of P
     dropout: float = 0.0
+    direct: bool = True          # the reference also enters S at its door and is added to ẑ_0
     window: int = 96             # frames sampled at once
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, made again by the next, which knows what is said there
@@ -180,13 +183,13 @@ class MotionConfig:
 
 
 _PAPER = {"speech_features": 768, "heads": 8, "times": 4, "kernel": 31, "dropout": .1,
-          "window": 250, "prefix": 25, "ahead": 12}
+          "direct": False, "window": 250, "prefix": 25, "ahead": 12}
 PRESETS = {
     "toy": MotionConfig(),
     "small": MotionConfig(**_PAPER, width=512, layers=6, token_width=512, pose_width=512),
     "base": MotionConfig(**_PAPER, width=1280, layers=12, token_width=1280, pose_width=1280),
     "large": MotionConfig(**_PAPER, width=2048, layers=12, token_width=2048, pose_width=2048),
-}       # parameters: 4.0M; 56M, 629M, 1.61B (B.1: 180M, 600M, 1.2B, wav2vec 2.0 perhaps counted in)
+}       # parameters: 4.1M; 56M, 629M, 1.61B (B.1: 180M, 600M, 1.2B, wav2vec 2.0 perhaps counted in)
 
 
 class SpeechEncoder(nn.Module):
@@ -235,7 +238,7 @@ class PosePredictor(nn.Module):
 class MotionModel(nn.Module):
     """S with A and P."""
 
-    adam_only = ("door", "out", "position", "pose_predictor")
+    adam_only = ("position", "pose_predictor")
 
     def __init__(self, config):
         super().__init__()
@@ -247,6 +250,9 @@ class MotionModel(nn.Module):
         self.position = nn.Parameter(torch.randn(config.motion_size ** 2, config.token_width) * .5)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         self.door = nn.Linear(config.values + 1, d)
+        if config.direct:
+            self.reference_door = nn.Linear(config.values, d)
+            self.share = nn.Parameter(torch.zeros(config.motion_channels, *2 * [config.motion_size]))
         self.conformer = Conformer(config.layers, d, config.heads, config.times, config.kernel,
                                    config.token_width, config.dropout)
         self.out = nn.Linear(d, config.values)
@@ -272,7 +278,7 @@ class MotionModel(nn.Module):
         """The reference's positions as tokens: z^m(i) (B, 3, h, w) -> (B, h w, E)."""
         return self.token(reference.flatten(2).mT) + self.position
 
-    def enter(self, z_t, t, prefix=None):
+    def enter(self, z_t, t, reference, prefix=None):
         """The Conformer's input and the embedded time: (B, N, D), (B, D).
 
         prefix: (clean motion (B, N, 3, h, w), which frames it gives (B, N) bool).
@@ -282,18 +288,17 @@ class MotionModel(nn.Module):
             clean, given = prefix
             x = torch.where(given[..., None], clean.flatten(2), x)
             flag = given[..., None].to(x.dtype)
-        return self.door(torch.cat([x, flag], -1)), self.time(embed_time(t, self.config.width))
+        x = self.door(torch.cat([x, flag], -1))                               # (B, N, D)
+        if self.config.direct:
+            x = x + self.reference_door(reference.flatten(1))[:, None]
+        return x, self.time(embed_time(t, self.config.width))
 
-    def denoise(self, z_t, t, condition, tokens, prefix=None, mask=None):
-        """S of eq. 8: ẑ_0 (B, N, 3, h, w) from z_t, t (B,), `condition` and `tokens`."""
-        x, time = self.enter(z_t, t, prefix)
-        x = self.conformer(x, time, condition, tokens, mask)                  # (B, N, D)
-        return self.out(x).to(z_t.dtype).view(z_t.shape)
-
-    def forward(self, z_t, t, speech, reference, pose=None, prefix=None, mask=None):
-        """ẑ_0 in one call, every condition given anew."""
-        _, condition = self.condition(speech, pose, mask)
-        return self.denoise(z_t, t, condition, self.tokens(reference), prefix, mask)
+    def denoise(self, z_t, t, condition, reference, prefix=None, mask=None):
+        """S of eq. 8: ẑ_0 (B, N, 3, h, w) from z_t, t (B,), `condition`, reference (B, 3, h, w)."""
+        x, time = self.enter(z_t, t, reference, prefix)
+        x = self.conformer(x, time, condition, self.tokens(reference), mask)  # (B, N, D)
+        z_hat_0 = self.out(x).to(z_t.dtype).view(z_t.shape)
+        return z_hat_0 + (self.share * reference)[:, None] if self.config.direct else z_hat_0
 
 
 def embed_time(t, width):
@@ -343,7 +348,7 @@ class Objective(nn.Module):
         z_t = self.sde.perturb(b["motion"], b["t"], b["noise"])               # eq. 5
         encoded, condition = model.condition(b["speech"], b["pose"], b["mask"], b["keep_speech"],
                                              b["keep_pose"])
-        z_hat_0 = model.denoise(z_t, b["t"], condition, model.tokens(b["reference"]),
+        z_hat_0 = model.denoise(z_t, b["t"], condition, b["reference"],
                                 (b["motion"], b["given"]), b["mask"])
         pose = model.pose_predictor(encoded, b["reference_pose"], b["mask"])
         error = (b["weight"] * (z_hat_0 - b["motion"]).square()).mean((2, 3, 4))      # (B, N)
@@ -389,7 +394,7 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
     is left of the noise in given and in new frames differs, and would show as a jerk.
     """
     assert len(seeds) == len(speech), "one seed a row"
-    c, tokens = model.config, model.tokens(reference)
+    c = model.config
     before = goes_on = reference.new_zeros(len(reference), 0, *reference.shape[1:])
     for k, (first, kept, stop, end) in enumerate(windows(speech.shape[1], c)):
         shape = (end - first, c.motion_channels, c.motion_size, c.motion_size)
@@ -406,7 +411,7 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
 
         def denoise(z, t):
             t = t.float().to(z.device).expand(len(z))
-            return model.denoise(z, t, condition, tokens, prefix)
+            return model.denoise(z, t, condition, reference, prefix)
         made = solve(denoise, z_1, sampler, steps, sde, noise)[:, kept - first:]
         for f, old in enumerate(goes_on.unbind(1)[:made.shape[1]]):
             made[:, f] = old.lerp(made[:, f], (f + 1) / (goes_on.shape[1] + 1))

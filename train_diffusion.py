@@ -44,7 +44,7 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHTS = (EYE_LEFT, EYE_RIGHT, MOUTH), (.75, .75, 1.25)
-FIRST_CLIPS, CLIPS_A_STEP = 64, .08
+FIRST_CLIPS, CLIPS_A_STEP = 64, .16
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
@@ -81,12 +81,15 @@ class Motions:
 
     def __init__(self, source, vae, device, mean=None, std=None):
         self.source, self.vae, self.device, self.items = source, vae, device, []
+        self.seconds = 0.0                                  # that E_M took so far
         self.mean, self.std = (None if v is None else v.cpu().view(-1, 1, 1) for v in (mean, std))
 
     def grow(self, step):
         """Gain what the pool must hold before this step."""
         for item in self.source.grow(step):
+            began = time.monotonic()
             motion = data.encode_motion(self.vae, item["landmarks"], self.device)
+            self.seconds += time.monotonic() - began
             self.items.append(item | {"motion": motion.half()})
         if self.mean is None:
             every = torch.cat([item["motion"] for item in self.items]).float()
@@ -258,7 +261,7 @@ def main(argv=None):
                            "diffusion")
         tqdm.write(f"step {step}: {budget.spent():.1f} min, {len(motions.items)} clips, lips of "
                    f"unseen heads r {r:.3f}, gain {gain:.2f} (read off the latents); "
-                   f"{log.pace('frames')}")
+                   f"{log.pace('frames')}, E_M on new clips {motions.seconds / 60:.1f} min in all")
 
     # ---- the loop ----
     with training.progress("motion", processes.leads) as bar, training.stop_on_signals() as stop, \

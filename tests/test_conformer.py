@@ -81,17 +81,18 @@ def test_attention_by_hand():
     torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_reference_attention_sums_to_one_and_differs_by_frame():
-    """The weights that are shown are those that are used: each frame's sum to 1."""
-    model, given = make(), inputs()
-    for weights in model.reference_attention(*given):
-        assert weights.shape == (2, 2, 12, 6)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 12))
-    block, (x, time, speech, tokens) = model.blocks[0], given
-    above = block.before_cross(x, time, speech)
-    _, _, v = block.cross._ask(above, tokens)
-    wanted = block.cross.out(conformer.join(block.cross.weights(above, tokens) @ v))
-    torch.testing.assert_close(block.cross(above, tokens), wanted, atol=1e-5, rtol=1e-4)
+def test_cross_attention_by_hand():
+    """Frames ask by their normalised selves; the tokens' values answer in shares that sum to 1."""
+    layer, (x, _, _, tokens) = make(1).blocks[0].cross, inputs()
+    q, (k, v) = layer.q(layer.norm(x)), layer.kv(layer.token_norm(tokens)).chunk(2, -1)
+    out = []
+    for head in range(2):
+        at = slice(head * WIDTH // 2, (head + 1) * WIDTH // 2)
+        score = torch.einsum("bnd,bld->bnl", q[..., at], k[..., at]) / (WIDTH // 2) ** .5
+        share = score.exp() / score.exp().sum(-1, keepdim=True)
+        out.append(torch.einsum("bnl,bld->bnd", share, v[..., at]))
+    wanted = layer.out(torch.cat(out, -1))
+    torch.testing.assert_close(layer(x, tokens), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_block_by_hand():

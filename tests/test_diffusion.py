@@ -1,5 +1,6 @@
 """The VP-SDE, its samplers and the motion model, against closed forms."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -148,9 +149,17 @@ def test_coefficients_are_float64_on_the_cpu(name):
 
 # ---- the model -----------------------------------------------------------------------------------
 
+class Whole(diffusion.MotionModel):
+    """With ẑ_0 in one call, every condition given anew."""
+
+    def forward(self, z_t, t, speech, reference, pose=None, prefix=None, mask=None):
+        _, condition = self.condition(speech, pose, mask)
+        return self.denoise(z_t, t, condition, reference, prefix, mask)
+
+
 def tiny():
     torch.manual_seed(0)
-    model = diffusion.MotionModel(TINY)
+    model = Whole(TINY)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(.05 * torch.randn_like(p))
@@ -161,6 +170,25 @@ def batch(b=2, n=12):
     torch.manual_seed(1)
     return {"z_t": torch.randn(b, n, 3, 4, 4), "t": torch.rand(b), "speech": torch.randn(b, n, 10),
             "reference": torch.randn(b, 3, 4, 4), "pose": 10 * torch.randn(b, n, 3)}
+
+
+def test_the_reference_also_takes_the_direct_way():
+    """Where S adds nothing, ẑ_0 is the learnt share of the reference in every frame; without its
+    share, the reference still enters at the door; without `direct`, neither: the paper's S."""
+    model, given = tiny(), batch()
+    with torch.no_grad():
+        model.out.weight.zero_(), model.out.bias.zero_()
+        model.share.copy_(torch.arange(48.0).view(3, 4, 4))
+        wanted = (model.share * given["reference"])[:, None].expand(2, 12, 3, 4, 4)
+        torch.testing.assert_close(model(**given), wanted)
+        x, _ = model.enter(given["z_t"], given["t"], given["reference"])
+        nothing, _ = model.enter(given["z_t"], given["t"], 0 * given["reference"])
+        wanted = given["reference"].flatten(1) @ model.reference_door.weight.T
+        torch.testing.assert_close(x - nothing, wanted[:, None].expand(x.shape))
+    paper = Whole(dataclasses.replace(TINY, direct=False))
+    assert not {"share", "reference_door.weight"} & set(paper.state_dict())
+    torch.nn.init.zeros_(paper.out.bias)
+    assert not paper(**given).any()                              # the weight is zero already
 
 
 @pytest.mark.parametrize("name", ["z_t", "t", "speech", "reference", "pose"])
@@ -236,8 +264,9 @@ def test_prefix_frames_enter_clean_and_flagged():
     noisy = given | {"z_t": before + 9 * flags[..., None, None, None]}
     torch.testing.assert_close(a, model(**noisy, prefix=(clean, flags)))
     assert (a - model(**given, prefix=(clean + 1, flags))).abs().max() > 1e-4
-    x, _ = model.enter(before, given["t"], (clean, flags))
-    y, _ = model.enter(torch.where(flags[..., None, None, None], clean, before), given["t"])
+    x, _ = model.enter(before, given["t"], given["reference"], (clean, flags))
+    y, _ = model.enter(torch.where(flags[..., None, None, None], clean, before), given["t"],
+                       given["reference"])
     assert (x - y)[:, :4].abs().max() > 1e-4 and torch.equal(x[:, 4:], y[:, 4:])
 
 
@@ -271,7 +300,7 @@ def test_the_loss_is_eq_8():
     z_t = SDE.perturb(held["motion"], held["t"], held["noise"])
     _, condition = model.condition(held["speech"], held["pose"], held["mask"], held["keep_speech"],
                                    held["keep_pose"])
-    z_hat = model.denoise(z_t, held["t"], condition, model.tokens(held["reference"]),
+    z_hat = model.denoise(z_t, held["t"], condition, held["reference"],
                           (held["motion"], held["given"]), held["mask"])
     counted = held["mask"] & ~held["given"]
     wanted = (z_hat - held["motion"]).square()[counted].mean()
@@ -336,9 +365,9 @@ def test_sampled_windows_hand_over_their_last_frames(monkeypatch):
     model, seen = tiny(), []
     real = diffusion.MotionModel.denoise
 
-    def spy(self, z_t, t, condition, tokens, prefix=None, mask=None):
+    def spy(self, z_t, t, condition, reference, prefix=None, mask=None):
         seen.append(prefix)
-        return real(self, z_t, t, condition, tokens, prefix, mask)
+        return real(self, z_t, t, condition, reference, prefix, mask)
     monkeypatch.setattr(diffusion.MotionModel, "denoise", spy)
     torch.manual_seed(0)
     speech, reference = torch.randn(2, 50, 10), torch.randn(2, 3, 4, 4)
@@ -408,5 +437,5 @@ def test_presets_are_built_and_counted():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in diffusion.MotionModel(c).parameters())
                   for name, c in diffusion.PRESETS.items()}
-    assert counts == {"toy": 3_961_107, "small": 55_817_011, "base": 628_654_435,
+    assert counts == {"toy": 4_109_523, "small": 55_817_011, "base": 628_654_435,
                       "large": 1_605_100_387}

@@ -25,6 +25,7 @@ import toy
 import train_diffusion
 import train_vae
 import training
+from conformer import split
 from landmarks import head_pose, mouth_opening
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,12 +168,18 @@ def test_attention_to_the_reference_is_not_uniform():
     clip, frames = evaluate.held_out(0)
     _, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])
     speech = audio.log_mel(clip.sound)[None, :40]
-    model = models.motion
+    model, asked = models.motion, []
+    for block in model.conformer.blocks:
+        block.cross.register_forward_pre_hook(lambda layer, given: asked.append((layer, *given)))
     with torch.inference_mode():
         _, condition = model.condition(speech)
-        x, time = model.enter(torch.randn(1, 40, 3, 16, 16), torch.tensor([.5]))
-        weights = model.conformer.reference_attention(x, time, condition, model.tokens(reference))
-    entropy = [-(w * (w + 1e-12).log()).sum(-1).mean() for w in weights]
+        model.denoise(torch.randn(1, 40, 3, 16, 16), torch.tensor([.5]), condition, reference)
+        entropy = []
+        for layer, x, tokens in asked:
+            q, = split(layer.q(layer.norm(x)), 1, layer.heads)
+            k, _ = split(layer.kv(layer.token_norm(tokens)), 2, layer.heads)
+            w = (q @ k.mT / q.shape[-1] ** .5).softmax(-1)
+            entropy.append(-(w * (w + 1e-12).log()).sum(-1).mean())
     assert min(entropy) < .9 * np.log(256)
 
 
