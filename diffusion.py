@@ -166,7 +166,7 @@ class MotionConfig:
     speech_layers: int = 3       # of A
     pose_width: int = 64         # of P
     dropout: float = 0.0
-    direct: bool = True          # the reference also enters S at its door and is added to ẑ_0
+    direct: bool = False         # the reference also enters S at its door and is added to ẑ_0
     window: int = 96             # frames sampled at once
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, made again by the next, which knows what is said there
@@ -183,9 +183,9 @@ class MotionConfig:
 
 
 _PAPER = {"speech_features": 768, "heads": 8, "times": 4, "kernel": 31, "dropout": .1,
-          "direct": False, "window": 250, "prefix": 25, "ahead": 12}
+          "window": 250, "prefix": 25, "ahead": 12}
 PRESETS = {
-    "toy": MotionConfig(),
+    "toy": MotionConfig(direct=True),
     "small": MotionConfig(**_PAPER, width=512, layers=6, token_width=512, pose_width=512),
     "base": MotionConfig(**_PAPER, width=1280, layers=12, token_width=1280, pose_width=1280),
     "large": MotionConfig(**_PAPER, width=2048, layers=12, token_width=2048, pose_width=2048),
@@ -252,7 +252,7 @@ class MotionModel(nn.Module):
         self.door = nn.Linear(config.values + 1, d)
         if config.direct:
             self.reference_door = nn.Linear(config.values, d)
-            self.share = nn.Parameter(torch.zeros(config.motion_channels, *2 * [config.motion_size]))
+            self.share = nn.Parameter(torch.zeros(config.values))
         self.conformer = Conformer(config.layers, d, config.heads, config.times, config.kernel,
                                    config.token_width, config.dropout)
         self.out = nn.Linear(d, config.values)
@@ -297,8 +297,10 @@ class MotionModel(nn.Module):
         """S of eq. 8: ẑ_0 (B, N, 3, h, w) from z_t, t (B,), `condition`, reference (B, 3, h, w)."""
         x, time = self.enter(z_t, t, reference, prefix)
         x = self.conformer(x, time, condition, self.tokens(reference), mask)  # (B, N, D)
-        z_hat_0 = self.out(x).to(z_t.dtype).view(z_t.shape)
-        return z_hat_0 + (self.share * reference)[:, None] if self.config.direct else z_hat_0
+        z_hat_0 = self.out(x).to(z_t.dtype)                                   # (B, N, 3hw)
+        if self.config.direct:
+            z_hat_0 = z_hat_0 + (self.share * reference.flatten(1))[:, None]
+        return z_hat_0.view(z_t.shape)
 
 
 def embed_time(t, width):

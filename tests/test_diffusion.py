@@ -13,7 +13,8 @@ from diffusion import LAST, VPSDE
 SDE = VPSDE()
 MEAN, SPREAD = .7, .5                     # data ~ N(MEAN, SPREAD^2): everything is known exactly
 TINY = diffusion.MotionConfig(motion_size=4, speech_features=10, width=16, layers=2, heads=2,
-                              kernel=5, token_width=8, pose_width=8, window=24, prefix=6, ahead=2)
+                              kernel=5, token_width=8, pose_width=8, direct=True, window=24, prefix=6,
+                              ahead=2)
 
 
 def of(values):
@@ -178,8 +179,9 @@ def test_the_reference_also_takes_the_direct_way():
     model, given = tiny(), batch()
     with torch.no_grad():
         model.out.weight.zero_(), model.out.bias.zero_()
-        model.share.copy_(torch.arange(48.0).view(3, 4, 4))
-        wanted = (model.share * given["reference"])[:, None].expand(2, 12, 3, 4, 4)
+        model.share.copy_(torch.arange(48.0))
+        share = torch.arange(48.0).view(3, 4, 4)
+        wanted = (share * given["reference"])[:, None].expand(2, 12, 3, 4, 4)
         torch.testing.assert_close(model(**given), wanted)
         x, _ = model.enter(given["z_t"], given["t"], given["reference"])
         nothing, _ = model.enter(given["z_t"], given["t"], 0 * given["reference"])
