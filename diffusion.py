@@ -9,9 +9,11 @@ of posterior means, normalised per channel; poses are degrees (pitch, yaw, roll)
 Departures from the paper, or choices where it is silent:
 1. beta is linear from 0.1 to 20, as in Song et al. (2021).
 2. The reference is attended to as h w tokens: attention to one repeated vector is a linear map.
-   It also enters S at its door and adds a learnt share of itself to ẑ_0 (`direct`): whose face it
-   is makes up two thirds of the latents' variance and need not be made anew in every frame.
-3. Speech and pose are dropped in a share of the training samples: pose may then be left free.
+   In the `toy` preset it also enters S at its door and adds a learnt share of itself to ẑ_0
+   (`direct`): whose face it is makes up two thirds of the variance of Toy Heads' latents. And z_t
+   goes around the Conformer, gated by t: blocks that end in a LayerNorm let nothing pass as it is.
+3. Speech and pose are dropped in a share of the training samples. Pose in half of them: it may
+   then be left free, which is sample.py's default.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
    Each window looks a few frames ahead, and the next one takes over from those.
@@ -32,7 +34,7 @@ from torch import nn
 from conformer import Conformer
 
 LAST = 1e-3                      # solvers go from t = 1 to here, then ẑ_0 is the result
-DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .2, .5          # shares of training samples
+DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training samples
 FADE = 6                         # frames over which a window takes over from the one before
 POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
 
@@ -166,7 +168,7 @@ class MotionConfig:
     speech_layers: int = 3       # of A
     pose_width: int = 64         # of P
     dropout: float = 0.0
-    direct: bool = False         # the reference also enters S at its door and is added to ẑ_0
+    direct: bool = False         # the reference and z_t also go around the Conformer
     window: int = 96             # frames sampled at once
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, made again by the next, which knows what is said there
@@ -253,6 +255,8 @@ class MotionModel(nn.Module):
         if config.direct:
             self.reference_door = nn.Linear(config.values, d)
             self.share = nn.Parameter(torch.zeros(config.values))
+            self.around = nn.Linear(d, d)
+            nn.init.zeros_(self.around.weight)
         self.conformer = Conformer(config.layers, d, config.heads, config.times, config.kernel,
                                    config.token_width, config.dropout)
         self.out = nn.Linear(d, config.values)
@@ -281,7 +285,8 @@ class MotionModel(nn.Module):
     def enter(self, z_t, t, reference, prefix=None):
         """The Conformer's input and the embedded time: (B, N, D), (B, D).
 
-        prefix: (clean motion (B, N, 3, h, w), which frames it gives (B, N) bool).
+        reference (B, 3, h, w); prefix: (clean motion (B, N, 3, h, w), which frames it gives,
+        (B, N) bool).
         """
         x, flag = z_t.flatten(2), z_t.new_zeros(*z_t.shape[:2], 1)            # (B, N, 3hw)
         if prefix is not None:
@@ -296,8 +301,10 @@ class MotionModel(nn.Module):
     def denoise(self, z_t, t, condition, reference, prefix=None, mask=None):
         """S of eq. 8: ẑ_0 (B, N, 3, h, w) from z_t, t (B,), `condition`, reference (B, 3, h, w)."""
         x, time = self.enter(z_t, t, reference, prefix)
-        x = self.conformer(x, time, condition, self.tokens(reference), mask)  # (B, N, D)
-        z_hat_0 = self.out(x).to(z_t.dtype)                                   # (B, N, 3hw)
+        y = self.conformer(x, time, condition, self.tokens(reference), mask)  # (B, N, D)
+        if self.config.direct:
+            y = y + self.around(time)[:, None] * x
+        z_hat_0 = self.out(y).to(z_t.dtype)                                   # (B, N, 3hw)
         if self.config.direct:
             z_hat_0 = z_hat_0 + (self.share * reference.flatten(1))[:, None]
         return z_hat_0.view(z_t.shape)

@@ -44,7 +44,7 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHTS = (EYE_LEFT, EYE_RIGHT, MOUTH), (.75, .75, 1.25)
-FIRST_CLIPS, CLIPS_A_STEP = 64, .16
+FIRST_CLIPS, CLIPS_A_STEP = 64, .12
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
@@ -79,8 +79,9 @@ class Motions:
     """Encoded clips: motion (N, 3, h, w) in fp16, pose (N, 3), speech (N, d_s). `mean` and `std` of
     the latents, (3, 1, 1), come from the first clips and stay."""
 
-    def __init__(self, source, vae, device, mean=None, std=None):
-        self.source, self.vae, self.device, self.items = source, vae, device, []
+    def __init__(self, source, vae, device, dtype, mean=None, std=None):
+        self.source, self.vae, self.items = source, vae, []
+        self.device, self.dtype = device, dtype
         self.seconds = 0.0                                  # that E_M took so far
         self.mean, self.std = (None if v is None else v.cpu().view(-1, 1, 1) for v in (mean, std))
 
@@ -88,7 +89,8 @@ class Motions:
         """Gain what the pool must hold before this step."""
         for item in self.source.grow(step):
             began = time.monotonic()
-            motion = data.encode_motion(self.vae, item["landmarks"], self.device)
+            with training.autocast(self.device, self.dtype):
+                motion = data.encode_motion(self.vae, item["landmarks"], self.device)
             self.seconds += time.monotonic() - began
             self.items.append(item | {"motion": motion.half()})
         if self.mean is None:
@@ -227,7 +229,7 @@ def main(argv=None):
                                  size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
         first = clips = len(paths)
     source = data.GrowingPool(make, first, CLIPS_A_STEP, clips, args.workers)
-    motions = Motions(source, vae, device, **statistics)
+    motions = Motions(source, vae, device, dtype, **statistics)
 
     def prepare(at):
         motions.grow(at)

@@ -91,7 +91,7 @@ def one_process(script, flags, settings, prepare, told=None):
     torch.set_num_threads(1)
     vae.PRESETS["toy"] = vae.VAEConfig(width=32, layers=1, depth=1)
     diffusion.PRESETS["toy"] = diffusion.MotionConfig(width=32, layers=1, token_width=32,
-                                                      pose_width=32)
+                                                      pose_width=32, direct=True)
     train_vae.Pairs.unseen.__func__.__defaults__ = (2,)
     train_diffusion.Unseen.__init__.__defaults__ = (2,)
     train_diffusion.Unseen.grid.__defaults__ = (2, 2)
