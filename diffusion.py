@@ -9,11 +9,10 @@ of posterior means, normalised per channel; poses are degrees (pitch, yaw, roll)
 Departures from the paper, or choices where it is silent:
 1. beta is linear from 0.1 to 20, as in Song et al. (2021).
 2. The reference is attended to as h w tokens: attention to one repeated vector is a linear map.
-   In the `toy` preset it also enters S at its door and adds a learnt share of itself to ẑ_0
-   (`direct`): whose face it is makes up two thirds of the variance of Toy Heads' latents. And z_t
-   goes around the Conformer, gated by t: blocks that end in a LayerNorm let nothing pass as it is.
-3. Speech and pose are dropped in a share of the training samples. Pose in half of them: it may
-   then be left free, which is sample.py's default.
+   In the `toy` preset (`direct`) it also enters S at its door and adds a learnt share of itself
+   to ẑ_0: whose face it is makes up two thirds of the latents' variance. And z_t goes around the
+   Conformer, gated by t: blocks that end in a LayerNorm let nothing pass as it is.
+3. Speech is dropped in some training samples, pose in half: sample.py leaves it free by default.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
    Each window looks a few frames ahead, and the next one takes over from those.
@@ -285,8 +284,7 @@ class MotionModel(nn.Module):
     def enter(self, z_t, t, reference, prefix=None):
         """The Conformer's input and the embedded time: (B, N, D), (B, D).
 
-        reference (B, 3, h, w); prefix: (clean motion (B, N, 3, h, w), which frames it gives,
-        (B, N) bool).
+        reference (B, 3, h, w); prefix: (clean motion (B, N, 3, h, w), given frames (B, N) bool).
         """
         x, flag = z_t.flatten(2), z_t.new_zeros(*z_t.shape[:2], 1)            # (B, N, 3hw)
         if prefix is not None:

@@ -51,8 +51,7 @@ def orthogonalise(matrix, steps=5):
         p = q @ p if k else q
         if k < steps - 1:
             gram = q @ gram @ q
-    x = p @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return p @ x if matrix.shape[0] <= matrix.shape[1] else (p @ x).T
 
 
 def make_optimisers(model, kind, lr, betas=(.9, .99), muon=2.0):

@@ -80,9 +80,8 @@ class Motions:
     the latents, (3, 1, 1), come from the first clips and stay."""
 
     def __init__(self, source, vae, device, dtype, mean=None, std=None):
-        self.source, self.vae, self.items = source, vae, []
-        self.device, self.dtype = device, dtype
-        self.seconds = 0.0                                  # that E_M took so far
+        self.source, self.vae, self.device, self.dtype = source, vae, device, dtype
+        self.items, self.seconds = [], 0.0                          # which E_M took so far
         self.mean, self.std = (None if v is None else v.cpu().view(-1, 1, 1) for v in (mean, std))
 
     def grow(self, step):

@@ -452,5 +452,5 @@ def test_presets_are_built_and_counted():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in diffusion.MotionModel(c).parameters())
                   for name, c in diffusion.PRESETS.items()}
-    assert counts == {"toy": 4_109_523, "small": 55_817_011, "base": 628_654_435,
+    assert counts == {"toy": 4_146_579, "small": 55_817_011, "base": 628_654_435,
                       "large": 1_605_100_387}
