@@ -108,11 +108,11 @@ class Detector(nn.Module):
         sure = self.sure(pooled).float()[:, 0]                               # (B,)
         for k in reversed(range(len(self.up))):
             x = self.up[k](F.interpolate(self.grow[k](x), scale_factor=2.0) + skips[k])
-        x = F.silu(x)
-        heat = self.heat(x).float().flatten(2) * self.temperature.exp()      # (B, K, 32 * 32)
         with torch.autocast(x.device.type, enabled=False):
+            x = F.silu(x.float())
+            heat = self.heat(x).flatten(2) * self.temperature.exp()          # (B, K, 32 * 32)
             share = heat.softmax(-1)
-            local = share @ x.float().flatten(2).transpose(1, 2)             # (B, K, C)
+            local = share @ x.flatten(2).transpose(1, 2)                     # (B, K, C)
             points = share @ self.grid + torch.einsum("bkc,kdc->bkd", local, self.offset)
         return (points, sure, heat) if with_heat else (points, sure)
 
