@@ -289,6 +289,8 @@ def locate(picture, name, detector="auto", model=None):
     if sure >= SURE:
         check_inside(name, picture, ours)
         return ours, f"{name}: looks like a photograph; {NOTE}"
+    if sure >= .5:
+        check_inside(name, picture, ours)                       # a part of a face is found, unsurely
     doubt = "" if detector == "mediapipe" else \
         f"; our detector, which knows drawings, is {100 * sure:.0f} % sure"
     advice = "for photographs `pip install -r requirements-real.txt`" if missing else \

@@ -113,7 +113,8 @@ def test_training_sees_no_difference_between_clips_and_renderer(folder):
         assert example[name].shape == value.shape and example[name].dtype == value.dtype
     paths = data.clip_paths(folder)
     motion, wanted = (make(0, augment=False, **more) for make, more in (
-        (data.clip_motion, {"paths": paths, "size": 64}), (data.toy_motion, {"seconds": 1.0})))
+        (data.clip_motion, {"paths": paths, "size": 64}),
+        (data.toy_motion, {"seconds": 1.0, "size": 64})))
     for name in wanted:
         assert motion[name].shape == wanted[name].shape
     assert np.corrcoef(motion["speech"].ravel(), wanted["speech"].ravel())[0, 1] > .9

@@ -100,7 +100,7 @@ def test_lips_follow_the_voice_and_not_another():
 
 
 def test_a_still_head_turns_less_than_a_free_one():
-    """--pose still asks for the portrait's pose in every frame: the head stays within 4 degrees of it
+    """--pose still asks for the portrait's pose in every frame: the head stays within 5 degrees of it
     on the whole, and yaw moves less than with --pose free."""
     finder, models = detector.load(SHIPPED / "detector.pt"), sample.load_models(SHIPPED, "cpu")
     moved = {"still": 0, "free": 0}
@@ -110,7 +110,7 @@ def test_a_still_head_turns_less_than_a_free_one():
             assert asked is None if how == "free" else (asked == clip.pose[0]).all()
             moved[how] += head_pose(found[0])[:, 1].std()
             if how == "still":
-                assert np.abs(np.median(head_pose(found[0]), 0) - clip.pose[0]).max() < 4
+                assert np.abs(np.median(head_pose(found[0]), 0) - clip.pose[0]).max() < 5
     assert 0 < moved["still"] < .75 * moved["free"], moved
 
 
