@@ -27,6 +27,7 @@ import media
 import toy
 import voices
 from landmarks import draw
+from text import load_clip
 from toy import default_workers, executor, in_parallel, training_seed
 
 
@@ -133,6 +134,22 @@ def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weigh
     clip = toy.make_clip(training_seed(seed, k), seconds, size)
     return {"landmarks": clip.landmarks, "pose": clip.pose, "x_m": draw_all(clip.landmarks, size),
             "speech": _speech(clip.sound, (seed, k, 9) if augment else None, kind, weights)}
+
+
+def toy_text(k, seed=0, seconds=4.8, size=128):
+    """Clip k of a run of instructions: landmarks, pose, x_m, two texts, one after another or
+    twice the same, and which is in force (N,)."""
+    clip = toy.instruct(training_seed(seed, k), seconds, size=size, parts=1 + k % 2)
+    return {"landmarks": clip.landmarks, "pose": clip.pose, "x_m": draw_all(clip.landmarks, size),
+            "texts": (clip.text.split(" | ") * 2)[:2], "said": clip.said}
+
+
+def open_clip(folder):
+    """`load_clip` with errors for users."""
+    try:
+        return load_clip(folder)
+    except ValueError as error:
+        raise media.UserError(f"--clip {error}; wants CLIP as transformers saves it") from error
 
 
 def _speech(sound, key, kind, weights):

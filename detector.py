@@ -43,6 +43,7 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "toy" / "detector.pt"
 LARGEST = 2048                  # longer sides are shrunk by a whole factor before looking
 SMALLEST = 32                   # a picture with a shorter side holds no face
 MOST_WINDOWS = 40               # places where a face is looked for
+MOVED = .1                      # of the crop's side: how far a face may move until the crop follows
 CUT = .03                       # of the crop's side: how far points may lie outside a picture
 
 
@@ -224,19 +225,23 @@ MEDIAPIPE_70 = (
     78, 82, 13, 312, 308, 317, 14, 87, 468, 473)
 
 
-def mediapipe_points(picture):
+def mediapipe_points(picture, mesh=None):
     """Points (70, 2) px of the largest face, or None, and how many faces there are; ImportError
-    where mediapipe is not installed."""
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    from mediapipe.python.solutions.face_mesh import FaceMesh
+    where mediapipe is not installed. `mesh`: a `face_mesh()` that is open already."""
     factor, small = shrunken(picture)
-    with FaceMesh(static_image_mode=True, max_num_faces=4, refine_landmarks=True) as mesh:
+    with contextlib.nullcontext(mesh) if mesh else face_mesh() as mesh:
         faces = mesh.process(np.ascontiguousarray(small)).multi_face_landmarks
     if not faces:
         return None, 0
     found = [np.array([(p.x, p.y) for p in face.landmark])[list(MEDIAPIPE_70)] for face in faces]
     points = max(found, key=lambda p: np.ptp(p, axis=0).prod()) * small.shape[1::-1]
     return (points * factor - .5).astype(np.float32), len(faces)
+
+
+def face_mesh():
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    from mediapipe.python.solutions.face_mesh import FaceMesh
+    return FaceMesh(static_image_mode=True, max_num_faces=4, refine_landmarks=True)
 
 
 def check_inside(name, picture, points):
@@ -290,12 +295,42 @@ def locate(picture, name, detector="auto", model=None):
         check_inside(name, picture, ours)
         return ours, f"{name}: looks like a photograph; {NOTE}"
     if sure >= .5:
-        check_inside(name, picture, ours)                       # a part of a face is found, unsurely
+        check_inside(name, picture, ours)                   # a part of a face is found, unsurely
     doubt = "" if detector == "mediapipe" else \
         f"; our detector, which knows drawings, is {100 * sure:.0f} % sure"
     advice = "for photographs `pip install -r requirements-real.txt`" if missing else \
         "try --detector auto" if detector == "toy" else "try a picture with one large frontal face"
     raise media.UserError(f"{name}: no face found ({width}x{height} pixels{doubt}); {advice}")
+
+
+def follow(frames, name, detector="auto", model=None):
+    """The 70 points of a video's face: (N, 70, 2) px, and a note for the user or None.
+
+    Who finds them in the first frame, ours or mediapipe, finds them in all. Where there is no face,
+    the points of the frame before stay; UserError if that is more than a fifth of the frames.
+    """
+    tracks, lost, model = [], 0, model or load()
+    with contextlib.ExitStack() as stack:
+        for picture in frames:
+            if not tracks:
+                points, note = locate(picture, name, detector, model)
+                box, mesh = crop_box(points), None
+                if detector == "mediapipe" or note and "mediapipe" in note:
+                    mesh = stack.enter_context(face_mesh())
+            elif mesh:
+                points = mediapipe_points(picture, mesh)[0]
+            else:
+                points, sure = look(model, cut(picture, box, 128)[None])
+                points = box[:2] + (points[0] + .5) * np.float32(box[2] / 128) - .5
+                points = points if sure[0] >= .5 else None
+            lost += points is None
+            tracks.append(tracks[-1] if points is None else points)
+            moved = np.abs(np.subtract(crop_box(tracks[-1]), box)).max() / box[2]
+            box = crop_box(tracks[-1]) if moved > MOVED else box
+    if 5 * lost > len(tracks):
+        raise media.UserError(f"{name}: no face in {lost} of {len(tracks)} frames; choose a video "
+                              "of one frontal face")
+    return np.stack(tracks), note
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conformer import Conformer
+from text import ByteEncoder
 
 LAST = 1e-3                      # solvers go from t = 1 to here, then ẑ_0 is the result
 DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training samples
@@ -150,6 +151,20 @@ def solve(denoise, z_1, sampler="dpmpp_2m", steps=20, sde=VPSDE(), noise=torch.r
     return denoise(z, times[-1:])
 
 
+def hold(denoise, known, held, z_1, sde=VPSDE()):
+    """A `denoise` whose ẑ_0 has the known values wherever they are held, and where it starts (D.2).
+
+    known, held (bool), z_1: as ẑ_0. Where k is known, E[z_0 | z_t] = k, and eq. 7 is the flow of a
+    point mass: started at alpha_1 k + sigma_1 eps it passes through alpha_t k + sigma_t eps, which
+    every sampler follows without z_t being overwritten (a multistep one would lose its history),
+    and its ẑ_0 is k at the end. The rest sees a noisy k of the right spread at every t, but answers
+    as if nothing else were known of it: approximate.
+    """
+    alpha, sigma = sde.marginal(torch.ones(1, dtype=torch.float64))
+    start = torch.where(held, like(alpha, z_1) * known + like(sigma, z_1) * z_1, z_1)
+    return lambda z, t: torch.where(held, known, denoise(z, t)), start
+
+
 # ---- the model -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -172,15 +187,24 @@ class MotionConfig:
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, made again by the next, which knows what is said there
 
+    target: str = "latents"      # or "landmarks": 70 points in the place of z^m (D.2)
+    driver: str = "speech"       # or in its place an instruction (E): "bytes", "clip"
+
     def __post_init__(self):
         if not 0 <= self.prefix + self.ahead < self.window or \
                 min(self.prefix - 1, self.ahead) < 0:
             raise ValueError("a window must be longer than its prefix and its look ahead")
 
     @property
+    def shape(self):
+        """Of one frame's motion: z^m (3, h, w), or points as (2, 70, 1)."""
+        side = self.motion_size
+        return (2, 70, 1) if self.target == "landmarks" else (self.motion_channels, side, side)
+
+    @property
     def values(self):
         """Numbers in one frame's motion."""
-        return self.motion_channels * self.motion_size ** 2
+        return math.prod(self.shape)
 
 
 _PAPER = {"speech_features": 768, "heads": 8, "times": 4, "kernel": 31, "dropout": .1,
@@ -239,16 +263,19 @@ class PosePredictor(nn.Module):
 class MotionModel(nn.Module):
     """S with A and P."""
 
-    adam_only = ("position", "pose_predictor")
+    adam_only = ("position", "pose_predictor", "text_encoder.letter", "text_encoder.position")
 
     def __init__(self, config):
         super().__init__()
         self.config, d = config, config.width
         self.speech_encoder, self.pose_predictor = SpeechEncoder(config), PosePredictor(config)
+        if config.driver == "bytes":
+            self.text_encoder = ByteEncoder(config.speech_features)
         self.pose = nn.Linear(3, d)
         self.no_pose, self.no_speech = (nn.Parameter(torch.randn(d) * .02) for _ in range(2))
-        self.token = nn.Linear(config.motion_channels, config.token_width)
-        self.position = nn.Parameter(torch.randn(config.motion_size ** 2, config.token_width) * .5)
+        channels, places = config.shape[0], math.prod(config.shape[1:])
+        self.token = nn.Linear(channels, config.token_width)
+        self.position = nn.Parameter(torch.randn(places, config.token_width) * .5)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         self.door = nn.Linear(config.values + 1, d)
         if config.direct:
@@ -260,6 +287,12 @@ class MotionModel(nn.Module):
                                    config.token_width, config.dropout)
         self.out = nn.Linear(d, config.values)
         nn.init.zeros_(self.out.weight)
+
+    def read(self, letters, said):
+        """What takes the speech's place (E): instructions as bytes (B, T, L), and which of the T
+        is in force in each frame (B, N) -> (B, N, d_s)."""
+        vectors = self.text_encoder(letters.flatten(0, 1)).unflatten(0, letters.shape[:2])
+        return vectors.gather(1, said[..., None].expand(-1, -1, vectors.shape[-1]))
 
     def condition(self, speech, pose=None, mask=None, keep_speech=None, keep_pose=None):
         """A's output, and the same with the pose added by a linear layer, conditions dropped.
@@ -321,10 +354,9 @@ def draw(seed, step, k, n, config):
     """All that is random for sample k of a step: noise, time, prefix length, dropped conditions."""
     rng = np.random.default_rng((seed, step, k, 1))
     key = torch.Generator().manual_seed(int(rng.integers(2 ** 63)))
-    side = config.motion_size
     longest = min(2 * config.prefix, n - 1)
     prefix = int(rng.integers(1, longest + 1)) if rng.random() < HAS_PREFIX and longest > 0 else 0
-    return {"noise": torch.randn(n, config.motion_channels, side, side, generator=key),
+    return {"noise": torch.randn(n, *config.shape, generator=key),
             "t": torch.tensor(rng.uniform(LAST, 1), dtype=torch.float32),
             "given": torch.arange(n) < prefix,
             "keep_speech": torch.tensor(rng.random() >= DROP_SPEECH),
@@ -348,12 +380,13 @@ class Objective(nn.Module):
 
     def forward(self, batch):
         """batch: motion (B, N, 3, h, w), weight (B, N, 1, h, w), reference (B, 3, h, w), pose
-        (B, N, 3), reference_pose (B, 3), speech (B, N, d_s), mask (B, N), and what `draw_batch`
-        gives -> {"motion", "pose"}, each a sum over the frames that `counted` counts: a batch may
-        be cut anywhere."""
+        (B, N, 3), reference_pose (B, 3), speech (B, N, d_s) or letters (B, T, L) and said (B, N),
+        mask (B, N), and what `draw_batch` gives -> {"motion", "pose"}, each a sum over the frames
+        that `counted` counts: a batch may be cut anywhere."""
         b, model = batch, self.model
+        speech = b["speech"] if "speech" in b else model.read(b["letters"], b["said"])
         z_t = self.sde.perturb(b["motion"], b["t"], b["noise"])               # eq. 5
-        encoded, condition = model.condition(b["speech"], b["pose"], b["mask"], b["keep_speech"],
+        encoded, condition = model.condition(speech, b["pose"], b["mask"], b["keep_speech"],
                                              b["keep_pose"])
         z_hat_0 = model.denoise(z_t, b["t"], condition, b["reference"],
                                 (b["motion"], b["given"]), b["mask"])
@@ -392,11 +425,14 @@ def windows(n, config):
 
 @torch.inference_mode()
 def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmpp_2m", steps=20,
-                  sde=VPSDE()):
+                  sde=VPSDE(), guidance=1.0, held=None, from_reference=False):
     """Motion for speech of any length, a window at a time.
 
     speech (B, N, d_s), reference (B, 3, h, w) normalised, pose (B, N, 3) degrees or None: free;
     one seed a row of the batch. Yields (B, n, 3, h, w), normalised, until N frames are out.
+    guidance: ẑ_0 goes this far from what no speech gives to what the speech gives; 1 is the paper.
+    held: (known motion, which of its values are held (bool)), both (B, N, 3, h, w), see `hold`.
+    from_reference: frame 0 is the reference, and the motion goes on from there.
     A window begins where the one before would have gone on, and leaves that over FADE frames: what
     is left of the noise in given and in new frames differs, and would show as a jerk.
     """
@@ -404,7 +440,7 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
     c = model.config
     before = goes_on = reference.new_zeros(len(reference), 0, *reference.shape[1:])
     for k, (first, kept, stop, end) in enumerate(windows(speech.shape[1], c)):
-        shape = (end - first, c.motion_channels, c.motion_size, c.motion_size)
+        shape = (end - first, *c.shape)
         keys = [torch.Generator().manual_seed(_key(seed, k)) for seed in seeds]
 
         def noise(_=None):
@@ -412,16 +448,29 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
             return drawn.to(speech.device)
         z_1, given = noise(), torch.arange(end - first, device=speech.device) < kept - first
         clean = F.pad(before, (0, 0) * 3 + (0, end - kept))                   # (B, n, 3, h, w)
+        if from_reference and k == 0:
+            clean[:, 0], given[0] = reference, True
         prefix = clean, given[None].expand(len(seeds), -1)
         turned = None if pose is None else pose[:, first:end]
         _, condition = model.condition(speech[:, first:end], turned)
+        if guidance != 1:
+            silent = torch.zeros(len(seeds), dtype=torch.bool, device=speech.device)
+            _, unheard = model.condition(speech[:, first:end], turned, keep_speech=silent)
 
         def denoise(z, t):
             t = t.float().to(z.device).expand(len(z))
-            return model.denoise(z, t, condition, reference, prefix)
-        made = solve(denoise, z_1, sampler, steps, sde, noise)[:, kept - first:]
+            z_hat_0 = model.denoise(z, t, condition, reference, prefix)
+            if guidance != 1:
+                z_hat_0 = model.denoise(z, t, unheard, reference, prefix).lerp(z_hat_0, guidance)
+            return z_hat_0
+        answer = denoise
+        if held:
+            answer, z_1 = hold(denoise, *(v[:, first:end] for v in held), z_1, sde)
+        made = solve(answer, z_1, sampler, steps, sde, noise)[:, kept - first:]
         for f, old in enumerate(goes_on.unbind(1)[:made.shape[1]]):
             made[:, f] = old.lerp(made[:, f], (f + 1) / (goes_on.shape[1] + 1))
+        if from_reference and k == 0:
+            made[:, 0] = reference
         made, goes_on = made[:, :stop - kept], made[:, stop - kept:][:, :FADE]
         before = torch.cat([before, made], 1)[:, -c.prefix:]
         yield made

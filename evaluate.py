@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import control
 import data
 import detector as detectors
 import diffusion
@@ -217,7 +218,7 @@ def generate(models, finder, clip, frames, seeds, how, sampler, steps, stride=1)
     """Speak a clip's sound with its first frame: points found (S, n, 70, 2), the asked poses."""
     z_a, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])
     speech = sample.hear(models, clip.sound)
-    pose = sample.poses(models, speech, clip.pose[0], how)
+    pose = control.poses(models, speech, clip.pose[0], how)
     count = len(seeds)
     with torch.inference_mode():
         windows = diffusion.sample_motion(
@@ -316,7 +317,7 @@ def score_long(plan, clips, models, finder, how, sampler, steps):
     speech = voices.make_speech(np.random.default_rng((toy.HELD_OUT, 11)), plan.long_seconds)
     z_a, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])
     features = sample.hear(models, speech.sound)
-    pose = sample.poses(models, features, clip.pose[0], how)
+    pose = control.poses(models, features, clip.pose[0], how)
     with torch.inference_mode():
         made = diffusion.sample_motion(models.motion, features[None], reference, pose, [0], sampler,
                                        steps)
@@ -343,7 +344,8 @@ def score_speed(args, frame):
         media.write_image(image, frame)
         media.write_sound(wav, sound)
         flags = ["--image", image, "--audio", wav, "--out", out]
-        for name in ("checkpoint", "device", "sampler", "steps", "pose", "wav2vec2"):
+        flags += ["--pose", *map(str, np.atleast_1d(args.pose))]
+        for name in ("checkpoint", "device", "sampler", "steps", "wav2vec2"):
             flags += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
         began, told, bar = time.monotonic(), b"", None
         command = [sys.executable, str(Path(__file__).with_name("sample.py")), *flags]
@@ -382,7 +384,7 @@ def score_samplers(models, finder, clips, how):
     for clip, frames in clips:
         z_a, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])
         speech = sample.hear(models, clip.sound)[:n]
-        prepared.append((z_a, reference, speech, sample.poses(models, speech, clip.pose[0], how)))
+        prepared.append((z_a, reference, speech, control.poses(models, speech, clip.pose[0], how)))
         track = encode_track(models, clip.landmarks[:n])
         true.append(track.flatten(1).cpu().double().numpy())
         opening.append(mouth_opening(clip.landmarks[:n]))
@@ -446,6 +448,7 @@ def main(argv=None):
     p.add_argument("--full", action="store_true", help="every frame, all drivers (B.2)")
     p.add_argument("--workers", type=int, default=None, help="processes that render the truth")
     args = p.parse_args(argv)
+    args.pose = control.asked_pose(args.pose)
     began = time.monotonic()
     for path in filter(None, (args.json, args.sheet)):
         media.check_writable(path)

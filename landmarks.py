@@ -150,17 +150,47 @@ def rotation(pose):
 
 
 def head_pose(points):
-    """Pitch, yaw, roll in degrees by a weak-perspective fit of the mean face, in closed form.
+    """Pitch, yaw, roll in degrees of the fit below. points (..., 70, 2) -> (..., 3)."""
+    return angles(fit(points)[1])
+
+
+def fit(points):
+    """Weak-perspective fit of the mean face, in closed form: scale (...) px, rotation (..., 3, 3),
+    centre (..., 2) of the rigid points, y up. points (..., 70, 2) px.
 
     The 2x3 affine map that best sends the mean face's rigid points to the picture is s [R]_12;
-    the nearest pair of orthonormal rows is its polar factor. points (..., 70, 2) -> (..., 3).
+    the nearest pair of orthonormal rows is its polar factor.
     """
-    p = np.asarray(points, dtype=np.float64)[..., RIGID, :] * (1, -1)          # y up
+    p = np.asarray(points, dtype=np.float64)[..., RIGID, :] * (1, -1)
     affine = np.swapaxes(_PSEUDO_INVERSE @ (p - p.mean(-2, keepdims=True)), -1, -2)  # (..., 2, 3)
-    u, _, v = np.linalg.svd(affine, full_matrices=False)
+    u, s, v = np.linalg.svd(affine, full_matrices=False)
     rows = u @ v                                                               # (..., 2, 3)
     third = np.cross(rows[..., 0, :], rows[..., 1, :])                         # (..., 3)
-    return angles(np.stack([rows[..., 0, :], rows[..., 1, :], third], -2))
+    turn = np.stack([rows[..., 0, :], rows[..., 1, :], third], -2)
+    return s.mean(-1), turn, p.mean(-2)
+
+
+def unturned(points, scale, turn, centre):
+    """The face as it would look at the viewer, in half face widths: (..., 70, 2) -> (..., 70, 3).
+
+    What the picture does not tell, how far each point lies from the viewer, is the mean face's.
+    """
+    flat = np.asarray(points, dtype=np.float64) * (1, -1) - centre[..., None, :]
+    depth = (MEAN_FACE - MEAN_FACE[RIGID].mean(0)) @ turn[..., 2, :, None]     # (..., 70, 1)
+    return np.concatenate([flat / scale[..., None, None], depth], -1) @ turn   # R^T x
+
+
+def retarget(portrait, driver):
+    """Points of the portrait doing what a driver does since its first frame: its turn, shift and
+    nearing, and the movement of its unturned face. (70, 2), (N, 70, 2) -> (N, 70, 2) px."""
+    ours, theirs = fit(portrait), fit(driver)
+    face, faces = unturned(portrait, *ours), unturned(driver, *theirs)
+    (scale, turn, centre), (scales, turns, centres) = ours, theirs
+    turned = turn @ turns[0].T @ turns                                         # (N, 3, 3)
+    moved = (face + faces - faces[0]) @ np.swapaxes(turned, -1, -2)            # (N, 70, 3)
+    flat = moved[..., :2] * (scale * scales / scales[0])[:, None, None]
+    flat += (centre + (centres - centres[0]) * scale / scales[0])[:, None]
+    return (flat * (1, -1)).astype(np.float32)
 
 
 def angles(r):

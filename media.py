@@ -281,6 +281,16 @@ def read_sound(path, rate=RATE):
     return sound / peak if peak > 2 else np.clip(sound, -1, 1)     # floats on the scale of integers
 
 
+def read_sound_if_any(path, rate=RATE):
+    """The sound of a video, or None where it has none."""
+    check_file(path)
+    with contextlib.suppress(_av().FFmpegError, ValueError), \
+            _av().open(f"file:{path}", metadata_errors="ignore") as container:
+        if not container.streams.audio:
+            return None
+    return read_sound(path, rate)
+
+
 def _resampled(frames, stream, rate):
     """Frames of sound -> (T,) float32 mono at `rate`, holes as silence; the first one's time, s."""
     layout = "mono" if stream.channels > 2 else None         # stereo's mean; of more, centre first

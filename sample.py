@@ -1,12 +1,17 @@
 """One portrait and one voice in, a talking video out.
 
     python sample.py --image assets/face.png --audio assets/speech.wav --out out.mp4
+    python sample.py --image assets/face.png --audio assets/speech.wav --pose 0 15 0
+    python sample.py --image assets/face.png --drive out.mp4 --relative --out driven.mp4
+    python sample.py --image assets/face.png --audio speech.wav --keep-from out.mp4
+    python sample.py --image assets/face.png --text "please smile" --text "turn left" --out told.mp4
 
     1. find the face, cut it out as the training pictures were cut       detector, landmarks
     2. z^a and z^m of the portrait                                       E_A, E_M of eq. 1
     3. speech features, head poses from them                             A and P of sec. 4.3
-    4. motion latents, window by window                                  S, eq. 6 or 7
-    5. decode each window as soon as it is sampled, and write it         D of eq. 2
+    4. motion latents, window by window: from speech or an instruction   S, eq. 6 or 7
+       or from a video's points, --drive, --keep-from                    E_M, sec. 5.2.1, D.2
+    5. decode each window as soon as it is made, and write it            D of eq. 2
 
 The shipped weights were trained on drawings and animate drawings; a photograph gets a warning.
 """
@@ -24,12 +29,14 @@ import torch
 from tqdm import tqdm
 
 import audio
+import control
+import data
 import detector as detectors
 import diffusion
 import media
 import training
 import vae as vaes
-from landmarks import crop_box, draw, head_pose
+from landmarks import crop_box, draw, head_pose, retarget
 
 DECODE_AT_ONCE = 32             # frames
 
@@ -46,17 +53,18 @@ class Models:
     wav2vec2: str | None = None
 
 
-def load_models(folder, device, wav2vec2=None):
-    """VAE and motion model from a folder with vae.pt and motion.pt, or a `make train` folder."""
+def load_models(folder, device, wav2vec2=None, name="motion"):
+    """VAE and motion model from a folder with vae.pt and motion.pt, or a `make train` folder.
+    name: "motion", "text" (instructions) or "landmarks" (points in the place of latents)."""
     folder = Path(folder)
     device = training.pick_device(device)
     vae, _ = training.load_model(vaes.VAE, vaes.VAEConfig, find(folder, "vae.pt", "vae"), device)
     vae = vae.to(memory_format=torch.channels_last)
-    path = find(folder, "motion.pt", "diffusion")
+    path = find(folder, f"{name}.pt", "diffusion" if name == "motion" else name)
     motion, held = training.load_model(diffusion.MotionModel, diffusion.MotionConfig, path, device)
     try:
-        mean, std = (torch.tensor(held[k]).view(vae.config.latent, 1, 1).to(device)
-                     for k in ("mean", "std"))
+        shape = motion.config.shape if name == "landmarks" else (vae.config.latent, 1, 1)
+        mean, std = (torch.tensor(held[k]).view(shape).to(device) for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise media.UserError(f"{path}: its latents' mean and std are missing; copy or train it "
                               "again") from error
@@ -108,16 +116,6 @@ def decode(models, z_a, motion):
         yield media.to_uint8(models.vae.decode(z_a.expand(len(part), -1, -1, -1), part))
 
 
-def poses(models, speech, portrait_pose, how):
-    """Head poses (1, N, 3) in degrees: predicted by P, the portrait's own, or None: left free."""
-    if how == "free":
-        return None
-    start = torch.as_tensor(portrait_pose, dtype=torch.float32, device=models.device)[None]
-    if how == "still":
-        return start[:, None].expand(1, len(speech), 3)
-    return diffusion.predict_pose(models.motion, speech[None], start)
-
-
 # ---- command line --------------------------------------------------------------------------------
 
 def solver_steps(text):
@@ -132,8 +130,9 @@ def add_arguments(p):
     p.add_argument("--wav2vec2", metavar="FILE", help="wav2vec 2.0's weights")
     p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
     p.add_argument("--steps", type=solver_steps, default=20, help="of the solver")
-    p.add_argument("--pose", choices=("free", "predict", "still"), default="free",
-                   help="head poses: left to the model, from P, or the portrait's own")
+    p.add_argument("--pose", nargs="+", default=["free"], metavar="HOW", help="head poses: free "
+                   "(left to the model, the default), predict (from P), still (the portrait's), or "
+                   "three numbers PITCH YAW ROLL in degrees")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
@@ -141,25 +140,81 @@ def arguments(argv):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
     io = p.add_argument_group("in and out")
     io.add_argument("--image", required=True, help="portrait: any picture")
-    io.add_argument("--audio", required=True, help="voice: any sound, or a video with sound")
+    drivers = io.add_mutually_exclusive_group(required=True)
+    drivers.add_argument("--audio", help="voice: any sound, or a video with sound")
+    drivers.add_argument("--drive", metavar="VIDEO", help="do what a video's face does (5.2.1)")
+    drivers.add_argument("--text", action="append", metavar="WORDS", help="do what is said: "
+                         '"please smile" (E); again: one after another')
     io.add_argument("--out", default="out.mp4", help="video to write (default: out.mp4)")
     io.add_argument("--sheet", metavar="PNG", help="also draw 16 of its frames as one picture")
     io.add_argument("--detector", choices=("auto", "toy", "mediapipe"), default="auto",
-                    help="what finds the face: ours, or mediapipe's face mesh")
+                    help="what finds faces: ours, or mediapipe's face mesh")
     how = p.add_argument_group("how")
     add_arguments(how)
     how.add_argument("--seed", type=int, default=0, help="another seed moves differently")
+    steer = p.add_argument_group("control")
+    steer.add_argument("--pose-from", metavar="FILE", help="head poses of a video, or of a CSV "
+                         "with a line `pitch,yaw,roll` a frame")
+    steer.add_argument("--relative", action="store_true", help="with --drive: its motion since "
+                         "its first frame, on the portrait's own face")
+    steer.add_argument("--keep-from", metavar="VIDEO", help="with --audio: all but mouth and jaw "
+                       "as in a video (D.2)")
+    steer.add_argument("--edit", nargs="+", choices=control.PARTS, metavar="PART", help="with "
+                       f"--keep-from: the parts to make, of {', '.join(control.PARTS)} (default: "
+                       "mouth jaw)")
+    steer.add_argument("--seconds", type=float, metavar="S", help="of each --text (default: 4)")
+    steer.add_argument("--clip", metavar="FOLDER", help="with --text: CLIP's weights, where the "
+                       "model was trained with them")
+    steer.add_argument("--guidance", type=float, default=1.0, metavar="W", help="how far to lean "
+                         "on the speech: 1 is the paper, more exaggerates")
     args = p.parse_args(argv)
+    args.pose = control.asked_pose(args.pose)
     if args.seed < 0:
         raise media.UserError(f"--seed {args.seed}: must not be negative")
+    if not 0 <= args.guidance <= 10:
+        raise media.UserError(f"--guidance {args.guidance}: wants 0 to 10")
+    control.refuse(args)
     if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg"):
         raise media.UserError(f"--sheet {args.sheet}: a picture's name ends in .png or .jpg")
     outputs = [path for path in (args.out, media.partial(args.out), args.sheet)
                if path and os.path.exists(path)]
-    for given, made in itertools.product((args.image, args.audio), outputs):
+    inputs = filter(None, (args.image, args.audio, args.drive, args.pose_from, args.keep_from))
+    for given, made in itertools.product(inputs, outputs):
         if os.path.exists(given) and os.path.samefile(given, made):
             raise media.UserError(f"{made}: is an input too; choose another name")
     return args
+
+
+def speak(models, args, finder, speech, points, reference):
+    """Motion for speech or instructions, window by window: (n, 3, h_m, w_m), normalised."""
+    size, how = models.vae.config.size, args.pose
+    if args.keep_from:
+        video = control.watch(args.keep_from, args.detector, finder, size)
+        video = retarget(points, video) if args.relative else video
+        video = control.back_and_forth(video, len(speech), args.keep_from)
+        keeper = load_models(args.checkpoint, args.device, args.wav2vec2, "landmarks")
+        parts = args.edit or ("mouth", "jaw")
+        return control.keep(models, keeper, speech, points, video, parts, args)
+    if args.pose_from:
+        how = control.follow_poses(args, len(speech), finder, size)
+    pose = control.poses(models, speech, head_pose(points), how)
+    windows = diffusion.sample_motion(
+        models.motion, speech[None], reference, pose, [args.seed], args.sampler, args.steps,
+        guidance=args.guidance, from_reference=bool(args.text))
+    return (window[0] for window in windows)
+
+
+@torch.inference_mode()
+def listen(models, args, sound):
+    """What drives the head, as features a frame: the voice, or the instructions. -> (N, d_s)"""
+    if not args.text:
+        return hear(models, sound)
+    if (models.motion.config.driver == "clip") != bool(args.clip):
+        raise media.UserError(f"{args.checkpoint}: text.pt reads " + (
+            "CLIP's features; name its folder with --clip" if not args.clip else
+            "bytes; leave --clip out"))
+    clip = data.open_clip(args.clip) if args.clip else None
+    return control.read_text(models, args.text, args.seconds or 4, clip)
 
 
 def main(argv=None, quiet=False):
@@ -168,8 +223,10 @@ def main(argv=None, quiet=False):
     if args.sheet:
         media.check_writable(args.sheet)
     picture = media.read_image(args.image)
-    sound = media.read_sound(args.audio)
-    models = load_models(args.checkpoint, args.device, args.wav2vec2)
+    sound = media.read_sound(args.audio) if args.audio else \
+        media.read_sound_if_any(args.drive) if args.drive else None
+    models = load_models(args.checkpoint, args.device, args.wav2vec2,
+                         "text" if args.text else "motion")
     finder = None if args.detector == "mediapipe" else \
         detectors.load(find(Path(args.checkpoint), "detector.pt", "detector"), models.device)
 
@@ -179,24 +236,29 @@ def main(argv=None, quiet=False):
     size = models.vae.config.size
     portrait, points = frame_portrait(picture, points, size)
     z_a, reference = encode_portrait(models, portrait, points)
-    speech = hear(models, sound)
-    pose = poses(models, speech, head_pose(points), args.pose)
+    if args.drive:
+        driver = control.watch(args.drive, args.detector, finder, size)
+        count, windows = len(driver), control.encode_points(
+            models, retarget(points, driver) if args.relative else driver)
+    else:
+        speech = listen(models, args, sound)
+        count, windows = len(speech), speak(models, args, finder, speech, points, reference)
 
-    shown, wanted = [], np.linspace(0, len(speech) - 1, min(16, len(speech))).astype(int)
+    shown, wanted = [], np.linspace(0, count - 1, min(16, count)).astype(int)
     with media.VideoWriter(args.out, size, size, sound) as video, \
-            tqdm(total=len(speech), desc="frames", unit="frame", leave=False, disable=quiet) as bar:
-        for window in diffusion.sample_motion(models.motion, speech[None], reference, pose,
-                                              [args.seed], args.sampler, args.steps):
-            for frames in decode(models, z_a, window[0]):
+            tqdm(total=count, desc="frames", unit="frame", leave=False, disable=quiet) as bar:
+        for window in windows:
+            for frames in decode(models, z_a, window):
                 shown += [f for k, f in enumerate(frames, video.frames) if k in wanted]
                 video.write(frames)
                 bar.update(len(frames))
-    spent, seconds = time.monotonic() - began, len(sound) / media.RATE
+    spent = time.monotonic() - began
+    seconds = count / media.FPS if sound is None else len(sound) / media.RATE
     if args.sheet:
         media.write_image(args.sheet, media.grid(np.stack(shown), 8))
     if quiet:
         return
-    print(f"{args.out}\n{len(speech)} frames, {seconds:.2f} s of speech, made in {spent:.1f} s: "
+    print(f"{args.out}\n{count} frames, {seconds:.2f} s long, made in {spent:.1f} s: "
           f"{spent / seconds:.2f} times real time")
 
 

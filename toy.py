@@ -14,6 +14,7 @@ Nothing here is in the paper: it trained on 1,169 hours of real faces.
 """
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import media
 import voices
+from actions import INSTRUCTIONS, actions_of, random_actions
 from faces import EXPRESSION, NEUTRAL, random_identity
 from landmarks import draw, head_pose
 from painter import Painter
@@ -57,6 +59,7 @@ class ToyClip:
     motion: Motion
     speech: voices.Speech | None = None
     text: str = ""
+    said: np.ndarray | None = None
     size: int = 128
     jitter: tuple = (0.0, 0.0, 1.0)
     defect: str | None = None
@@ -240,81 +243,41 @@ def _spoil(clip, rng):
 
 # ---- instructions (appendix E) -------------------------------------------------------------------
 
-# attribute: (wordings to train on, wordings held out, {column of pose or expression: target})
-INSTRUCTIONS = {
-    "smile": (("please smile", "smile", "give me a smile"),
-              ("show me a big smile",), {"smile": 1.0}),
-    "frown": (("look sad", "please look sad", "make a sad face"),
-              ("show me a sad face",), {"smile": -.6, "brow": -.5}),
-    "open_mouth": (("open your mouth", "please open your mouth", "mouth open"),
-                   ("open the mouth wide",), {"jaw": .9}),
-    "close_eyes": (("close your eyes", "please close your eyes", "shut your eyes"),
-                   ("keep your eyes shut",), {"lid": 0.0}),
-    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up"),
-                    ("please raise your brows",), {"brow": 1.0}),
-    "turn_left": (("turn your head left", "turn left", "please turn to the left"),
-                  ("rotate your head to the left",), {"yaw": 20}),
-    "turn_right": (("turn your head right", "turn right", "please turn to the right"),
-                   ("rotate your head to the right",), {"yaw": -20}),
-    "look_up": (("lift your head", "head up", "please raise your head"),
-                ("turn your head up",), {"pitch": 15}),
-    "look_down": (("lower your head", "head down", "please lower your head"),
-                  ("turn your head down",), {"pitch": -15}),
-    "tilt_left": (("tilt your head left", "please tilt your head to the left",
-                   "lean your head left"), ("tilt left",), {"roll": 15}),
-    "tilt_right": (("tilt your head right", "please tilt your head to the right",
-                    "lean your head right"), ("tilt right",), {"roll": -15}),
-    "glance_left": (("look left", "glance left", "please look to the left"),
-                    ("eyes to the left",), {"gaze_x": .95}),
-    "glance_right": (("look right", "glance right", "please look to the right"),
-                     ("eyes to the right",), {"gaze_x": -.95}),
-    "nod": (("nod", "please nod", "nod your head"),
-            ("say yes with your head",), {"pitch": "wave"}),
-    "shake": (("shake your head", "please shake your head", "shake"),
-              ("say no with your head",), {"yaw": "wave"}),
-}
-_CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}
+def instruct(seed, seconds, held_out=False, actions=None, size=128, parts=1):
+    """A silent clip whose head obeys instructions, `parts` of them one after another; `text` says
+    which, joined by " | ", and `said` (N,) which is in force. Each is one action or two."""
+    seed = seed + HELD_OUT * held_out
+    who, words, moves = (np.random.default_rng((seed, k)) for k in (0, 4, 2))
+    motion, texts = make_motion(moves, round(seconds * media.FPS)), []
+    said = np.minimum(np.arange(len(motion)) * parts // len(motion), parts - 1)
+    for k in range(parts):
+        chosen = actions or random_actions(words)
+        texts.append(" and ".join(str(words.choice(INSTRUCTIONS[a][1 if held_out else 0]))
+                                  for a in chosen))
+        frames = np.flatnonzero(said == k) / media.FPS
+        obey(motion, chosen, frames[0] + .3, frames[-1] + .3 if k + 1 < parts else math.inf)
+    return ToyClip(random_identity(who), motion, text=" | ".join(texts), said=said, size=size)
 
 
-def obey(motion, actions, start=.3):
-    """Change a motion so that it carries out the named actions, eased in after `start` seconds."""
-    t = np.arange(len(motion)) / media.FPS - start
-    ease = np.clip(t / .5, 0, 1) ** 2 * (3 - 2 * np.clip(t / .5, 0, 1))          # smoothstep
+def obey(motion, actions, start=.3, end=math.inf):
+    """Change a motion so that it carries out the named actions, eased in after `start` seconds and
+    out after `end`."""
+    t = np.arange(len(motion)) / media.FPS
+
+    def rise(t):
+        x = np.clip(t / .5, 0, 1)
+        return x ** 2 * (3 - 2 * x)                                          # smoothstep
+    ease = rise(t - start) - rise(t - end)
     for action in actions:
         for name, target in INSTRUCTIONS[action][2].items():
             if name in ANGLES:
                 tracks, columns = motion.pose, [ANGLES.index(name)]
             else:
                 tracks, columns = motion.expression, [AT[c] for c in AT if c.startswith(name)]
-            goal = 12 * np.sin(2 * np.pi * 1.3 * t) if target == "wave" else target
+            goal = 12 * np.sin(2 * np.pi * 1.3 * (t - start)) if target == "wave" else target
             for k in columns:
                 tracks[:, k] += ease * (goal - tracks[:, k]) * .92
     return motion
-
-
-def instruct(seed, seconds, held_out=False, actions=None, size=128):
-    """A silent clip whose head obeys one instruction, or two joined by "and"; `text` says which."""
-    seed = seed + HELD_OUT * held_out
-    who, words, moves = (np.random.default_rng((seed, k)) for k in (0, 4, 2))
-    if actions is None:
-        actions = [str(words.choice(list(INSTRUCTIONS))) for _ in range(2)]
-        first, second = ({_CLASH.get(c, c) for c in INSTRUCTIONS[a][2]} for a in actions)
-        if words.random() >= .3 or first & second:
-            actions.pop()
-    text = " and ".join(str(words.choice(INSTRUCTIONS[a][1 if held_out else 0])) for a in actions)
-    motion = obey(make_motion(moves, round(seconds * media.FPS)), actions)
-    return ToyClip(random_identity(who), motion, text=text, size=size)
-
-
-def actions_of(text):
-    """Which actions a text names, by the wordings above; UserError for words nobody knows."""
-    known = {w: a for a, (train, held, _) in INSTRUCTIONS.items() for w in train + held}
-    parts = [part.strip() for part in text.lower().split(" and ")]
-    for part in parts:
-        if part not in known:
-            raise media.UserError(f"--instruct {text!r}: no head knows {part!r}; try one of: "
-                                  + "; ".join(train[0] for train, _, _ in INSTRUCTIONS.values()))
-    return [known[part] for part in parts]
 
 
 # ---- many at once --------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
     python train_diffusion.py                            the toy preset, the shipped VAE
     python train_diffusion.py --vae runs/vae/vae.pt --minutes 60
+    python train_diffusion.py --driver text              instructions for speech (appendix E)
+    python train_diffusion.py --target landmarks         points for latents (D.2)
     torchrun --nproc_per_node 8 train_diffusion.py --preset small --vae v.pt --data clips
 
 Clips are encoded by E_M once, when they join the pool; a step takes random sub-sequences of them
 (the paper's pseudo-sentences). The same command again goes on where it stopped. OUT gets last.pt
-(everything), motion.pt (the EMA in fp16), log.csv, curve.png and grid.png: unseen heads speaking,
-the truth through the VAE above what the model makes of the sound.
+(everything), motion.pt, text.pt or landmarks.pt (the EMA in fp16), log.csv, curve.png, grid.png:
+unseen heads, the truth through the VAE above what the model makes of the sound or the instruction.
 
 Departures from the paper: the `toy` preset trains with Muon on sub-sequences shorter than 125-250
 frames. Dropout, which it has none of, is drawn by process and not by global sample.
@@ -34,7 +36,9 @@ import optim
 import toy
 import training
 import vae as vaes
+from actions import INSTRUCTIONS, obeyed
 from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, mouth_opening, region_box
+from text import to_bytes, vectors
 
 # B.1: Adam, rate, inverse square root, batch and frames; the rest is ours
 PAPER = {"optimiser": "adam", "lr": 1e-4, "betas": (.9, .999), "schedule": "inverse_sqrt",
@@ -45,6 +49,9 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHTS = (EYE_LEFT, EYE_RIGHT, MOUTH), (.75, .75, 1.25)
 FIRST_CLIPS, CLIPS_A_STEP = 64, .12
+TEXT_WIDTH = {"bytes": 128, "clip": 512}
+NAMES = {("speech", "latents"): "motion", ("speech", "landmarks"): "landmarks",
+         ("text", "latents"): "text"}                   # what is trained, and its folder
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
@@ -55,11 +62,24 @@ def arguments(argv):
     what.add_argument("--vae", default=training.SHIPPED / "vae.pt", help="default: the shipped")
     what.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
     what.add_argument("--clips", type=int, default=1600, help="rendered clips, made along the way")
+    what.add_argument("--driver", choices=("speech", "text"), default="speech",
+                      help="what moves the head: a voice, or an instruction")
+    what.add_argument("--text-encoder", choices=("bytes", "clip"), default="bytes",
+                      help="of --driver text: one that learns along, or CLIP's, frozen")
+    what.add_argument("--clip", metavar="FOLDER", help="CLIP's weights and vocabulary")
+    what.add_argument("--target", choices=("latents", "landmarks"), default="latents",
+                      help="what is made: z^m, or the 70 points")
     what.add_argument("--speech", choices=audio.FEATURES, default="mel", help="speech features")
     what.add_argument("--wav2vec2", metavar="FILE", help="weights for --speech wav2vec2")
-    training.add_loop_arguments(p, "runs/diffusion", "make clips")
+    training.add_loop_arguments(p, "runs/diffusion, runs/text or runs/landmarks", "make clips")
     args = p.parse_args(argv)
-    args.out = args.out or "runs/diffusion"
+    if (args.driver, args.target) not in NAMES or args.data and args.driver == "text":
+        raise media.UserError("--driver text makes latents, from rendered heads alone; leave "
+                              "--target and --data out")
+    if (args.text_encoder == "clip") != bool(args.clip):
+        raise media.UserError("--text-encoder clip and --clip FOLDER belong together")
+    args.name = NAMES[args.driver, args.target]
+    args.out = args.out or f"runs/{'diffusion' if args.name == 'motion' else args.name}"
     training.settle(args, RECIPES[args.preset], minutes=50.0)
     if args.clips < 1:
         raise media.UserError("--clips must be above zero")
@@ -75,46 +95,78 @@ def region_weights(landmarks, config):
                            config.size // config.motion_factor)
 
 
-class Motions:
-    """Encoded clips: motion (N, 3, h, w) in fp16, pose (N, 3), speech (N, d_s). `mean` and `std` of
-    the latents, (3, 1, 1), come from the first clips and stay."""
+def point_weights(landmarks):
+    """The same for points: (N, 70, 2) -> (N, 1, 70, 1)"""
+    weight = torch.ones(1, 1, 70, 1)
+    for region, share in zip(REGIONS, REGION_WEIGHTS):
+        weight[:, :, region] += share * 70 / len(range(*region.indices(70)))
+    return weight.expand(len(landmarks), -1, -1, -1)
 
-    def __init__(self, source, vae, device, dtype, mean=None, std=None):
+
+class Motions:
+    """Encoded clips: motion (N, 3, h, w) in fp16, pose (N, 3), speech (N, d_s), or instructions.
+    `mean` and `std` of the latents, (3, 1, 1), come from the first clips and stay. With `points`,
+    motion is the 70 points as shares of the picture's side, (N, 2, 70, 1)."""
+
+    def __init__(self, source, vae, device, dtype, points=False, clip=None, mean=None, std=None):
         self.source, self.vae, self.device, self.dtype = source, vae, device, dtype
+        self.points, self.clip = points, clip
         self.items, self.seconds = [], 0.0                          # which E_M took so far
-        self.mean, self.std = (None if v is None else v.cpu().view(-1, 1, 1) for v in (mean, std))
+        self.mean, self.std = (v if v is None else self.shaped(v.cpu()) for v in (mean, std))
 
     def grow(self, step):
         """Gain what the pool must hold before this step."""
         for item in self.source.grow(step):
             began = time.monotonic()
-            with training.autocast(self.device, self.dtype):
-                motion = data.encode_motion(self.vae, item.pop("x_m"), self.device)
+            motion = self.encode(item["landmarks"], item.pop("x_m"))
             self.seconds += time.monotonic() - began
+            if "texts" in item:
+                item |= self.words(item.pop("texts"), item["said"])
             self.items.append(item | {"motion": motion.half()})
         if self.mean is None:
             every = torch.cat([item["motion"] for item in self.items]).float()
-            self.mean, self.std = (v.view(-1, 1, 1) for v in (every.mean((0, 2, 3)),
-                                                              every.std((0, 2, 3))))
+            axes = 0 if self.points else (0, 2, 3)
+            self.mean, self.std = (self.shaped(v) for v in (every.mean(axes), every.std(axes)))
+
+    def shaped(self, statistic):
+        """Per channel (3, 1, 1), or per coordinate of a point (2, 70, 1)."""
+        return statistic.view(2, 70, 1) if self.points else statistic.view(-1, 1, 1)
+
+    def encode(self, landmarks, x_m):
+        """(N, 70, 2) px and the pictures drawn from them -> motion, not normalised."""
+        if self.points:
+            return torch.tensor(landmarks).mT[..., None] / self.vae.config.size
+        with training.autocast(self.device, self.dtype):
+            return data.encode_motion(self.vae, x_m, self.device)
+
+    def words(self, texts, said):
+        """T texts, and which is in force (N,), as what a model reads: bytes, or CLIP's features."""
+        if self.clip:
+            return {"speech": self.clip(texts)[torch.tensor(said)].numpy()}
+        return {"letters": to_bytes(texts).numpy()}
 
     def normalise(self, motion):
-        """(z - mean) / std per channel, float32."""
+        """(z - mean) / std, float32."""
         return (motion.float() - self.mean) / self.std
 
     def example(self, rng, frames):
         """A random sub-sequence with a random reference frame of its clip (sec. 4.3)."""
         item = self.items[rng.integers(len(self.items))]
-        longest = min(len(item["speech"]), len(item["motion"]))
+        longest = min(len(item.get("speech", item["motion"])), len(item["motion"]))
         n = min(longest, int(rng.integers(frames[0], frames[1] + 1)))
         first = int(rng.integers(longest - n + 1))
         kept = slice(first, first + n)
         i = int(rng.integers(longest))
-        return {"motion": self.normalise(item["motion"][kept]),
-                "weight": region_weights(item["landmarks"][kept], self.vae.config),
+        points = item["landmarks"][kept]
+        weight = point_weights(points) if self.points else region_weights(points, self.vae.config)
+        made = {"motion": self.normalise(item["motion"][kept]), "weight": weight,
                 "reference": self.normalise(item["motion"][i]),
                 "pose": torch.tensor(item["pose"][kept]),
-                "reference_pose": torch.tensor(item["pose"][i]),
-                "speech": torch.tensor(item["speech"][kept])}
+                "reference_pose": torch.tensor(item["pose"][i])}
+        if "letters" in item:
+            return made | {"letters": torch.tensor(item["letters"]),
+                           "said": torch.tensor(item["said"][kept])}
+        return made | {"speech": torch.tensor(item["speech"][kept])}
 
 
 def collate(examples):
@@ -122,7 +174,7 @@ def collate(examples):
     longest = max(len(e["motion"]) for e in examples)
 
     def stack(name):
-        if name.startswith("reference"):
+        if name.startswith(("reference", "letters")):
             return torch.stack([e[name] for e in examples])
         return torch.nn.utils.rnn.pad_sequence([e[name] for e in examples], batch_first=True)
     made = {name: stack(name) for name in examples[0]}
@@ -131,34 +183,59 @@ def collate(examples):
 
 
 class Unseen:
-    """Eight clips that training never meets, spoken by the model as it learns."""
+    """Clips that training never meets, spoken, or obeyed, by the model as it learns."""
 
-    def __init__(self, vae, motions, kind, wav2vec2, device, count=8):
-        self.vae, self.motions, self.device = vae, motions, device
-        clips = [toy.make_clip(toy.HELD_OUT + 500_000 + k, 4.0, vae.config.size)
-                 for k in range(count)]
-        pictures = [data.draw_all(c.landmarks, vae.config.size) for c in clips]
-        latents = [data.encode_motion(vae, x_m, device) for x_m in pictures]
-        self.motion = torch.stack([motions.normalise(z) for z in latents])       # (8, N, 3, h, w)
-        self.speech = torch.stack([audio.speech_features(c.sound, kind, wav2vec2) for c in clips])
+    def __init__(self, args, vae, motions, device, count=8):
+        self.vae, self.motions, self.device, self.told = vae, motions, device, None
+        size, first = vae.config.size, toy.HELD_OUT + 500_000
+        if args.driver == "text":
+            self.actions = list(INSTRUCTIONS)[:count]
+            clips = [toy.instruct(500_000 + k, 4.0, True, [action], size)
+                     for k, action in enumerate(self.actions)]
+            self.told = [c.text for c in clips]
+        else:
+            clips = [toy.make_clip(first + k, 4.0, size) for k in range(count)]
+            self.speech = torch.stack([audio.speech_features(c.sound, args.speech, args.wav2vec2)
+                                       for c in clips])
+        motion = [motions.encode(c.landmarks, data.draw_all(c.landmarks, size)) for c in clips]
+        self.motion = torch.stack([motions.normalise(z) for z in motion])        # (8, N, 3, h, w)
         self.pose = torch.tensor(np.stack([c.pose[0] for c in clips]))
-        first = media.to_float(np.stack([c.frame(0) for c in clips])).to(device)
+        portraits = media.to_float(np.stack([c.frame(0) for c in clips])).to(device)
         with torch.no_grad():
-            self.z_a = vae.encode_appearance(first)[0]
-        self.opening = np.stack([mouth_opening(c.landmarks) for c in clips])
-        self.reader = read_opening(motions)
+            self.z_a = vae.encode_appearance(portraits)[0]
+        self.landmarks = np.stack([c.landmarks for c in clips])
+        self.reader = None if motions.points else read_points(motions)
 
     @torch.no_grad()
     def speak(self, model):
-        """Motion of all from their sound, (8, N, 3, h, w), the mean lip correlation, the gain."""
-        speech, pose = self.speech.to(self.device), self.pose.to(self.device)
-        windows = diffusion.sample_motion(
-            model, speech, self.motion[:, 0].to(self.device),
-            diffusion.predict_pose(model, speech, pose), list(range(len(speech))))
+        """Motion of all, (8, N, 3, h, w), and two numbers: the mean lip correlation and the gain;
+        or the share of instructions obeyed, and how far, over the truth's."""
+        pose = None
+        if self.told:
+            said = vectors(self.told, getattr(model, "text_encoder", None), self.motions.clip)
+            speech = said[:, None].expand(-1, self.motion.shape[1], -1).to(self.device)
+        else:
+            speech = self.speech.to(self.device)
+            pose = diffusion.predict_pose(model, speech, self.pose.to(self.device))
+        windows = diffusion.sample_motion(model, speech, self.motion[:, 0].to(self.device), pose,
+                                          list(range(len(speech))))
         made = torch.cat(list(windows), 1).cpu()
-        opening = (made.flatten(2) @ self.reader[:-1] + self.reader[-1]).numpy()
-        r = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(opening, self.opening)])
-        return made, r, opening.std(1).mean() / self.opening.std(1).mean()
+        points = self.points(made)
+        if self.told:
+            far, true = (np.array([obeyed(p, a) for p, a in zip(tracks, self.actions)])
+                         for tracks in (points, self.landmarks))
+            return made, (far >= 1).mean(), far.mean() / true.mean()
+        opening, true = mouth_opening(points), mouth_opening(self.landmarks)
+        r = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(opening, true)])
+        return made, r, opening.std(1).mean() / true.std(1).mean()
+
+    def points(self, made):
+        """The 70 points, in pixels, of normalised motion: (B, N, 3, h, w) -> (B, N, 70, 2)."""
+        if self.motions.points:
+            made = made * self.motions.std + self.motions.mean
+            return (made[..., 0].mT * self.vae.config.size).numpy()
+        found = made.flatten(2) @ self.reader[:-1] + self.reader[-1]
+        return found.unflatten(-1, (70, 2)).numpy()
 
     @torch.no_grad()
     def grid(self, made, frames=8, heads=3):
@@ -167,20 +244,23 @@ class Unseen:
         rows = []
         for k in range(min(heads, len(made))):
             for motion in (self.motion[k, at], made[k, at]):
-                z_m = (motion * self.motions.std + self.motions.mean).to(self.device)
-                x_hat = self.vae.decode(self.z_a[k:k + 1].expand(frames, -1, -1, -1), z_m)
-                rows.append(media.to_uint8(x_hat))
+                z_m = motion * self.motions.std + self.motions.mean
+                if self.motions.points:
+                    x_m = data.draw_all(self.points(motion[None])[0], self.vae.config.size)
+                    z_m = data.encode_motion(self.vae, x_m, self.device)
+                z_a = self.z_a[k:k + 1].expand(frames, -1, -1, -1)
+                rows.append(media.to_uint8(self.vae.decode(z_a, z_m.to(self.device))))
         return media.grid(np.concatenate(rows), frames)
 
 
-def read_opening(motions):
-    """Least squares from a latent to the mouth opening, a ruler for the curve only: (D + 1,)."""
+def read_points(motions):
+    """Least squares from a latent to the 70 points, a ruler for the curve only: (D + 1, 140)."""
     items = motions.items[:FIRST_CLIPS]
     z = torch.cat([motions.normalise(item["motion"]).flatten(1) for item in items])
     z = torch.cat([z, torch.ones(len(z), 1)], 1).double()
-    opening = np.concatenate([mouth_opening(item["landmarks"]) for item in items])
+    points = np.concatenate([item["landmarks"] for item in items]).reshape(len(z), -1)
     gram = z.T @ z + 10 * torch.eye(z.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(gram, z.T @ torch.tensor(opening, dtype=torch.float64)).float()
+    return torch.linalg.solve(gram, z.T @ torch.tensor(points, dtype=torch.float64)).float()
 
 
 @training.together()
@@ -195,8 +275,11 @@ def main(argv=None):
     vae, _ = training.load_model(vaes.VAE, vaes.VAEConfig, args.vae, device)
     vae, vae_is = vae.to(memory_format=torch.channels_last), training.fingerprint(vae)
     side = vae.config.size // vae.config.motion_factor
-    config = dataclasses.replace(diffusion.PRESETS[args.preset], motion_size=side,
-                                 speech_features=audio.FEATURES[args.speech])
+    config = dataclasses.replace(
+        diffusion.PRESETS[args.preset], motion_size=side, target=args.target,
+        driver="speech" if args.driver == "speech" else args.text_encoder,
+        speech_features=TEXT_WIDTH[args.text_encoder] if args.driver == "text" else
+        audio.FEATURES[args.speech])
 
     # ---- model, EMA, optimisers ----
     torch.manual_seed(args.seed)
@@ -213,7 +296,8 @@ def main(argv=None):
     ema = optim.Ema(model, .998)
     step, spent, held = training.resume(
         last, {"model": model}, optimisers, ema,
-        same={"preset": args.preset, "seed": args.seed, "vae": vae_is}, fresh=args.fresh)
+        same={"preset": args.preset, "seed": args.seed, "vae": vae_is, "name": args.name},
+        fresh=args.fresh)
     statistics |= {name: held[name] for name in ("mean", "std") if held}
     budget = training.Budget(args.steps, args.minutes)
     objective = diffusion.Objective(model)
@@ -223,13 +307,17 @@ def main(argv=None):
     make = functools.partial(data.toy_motion, seed=args.seed, seconds=recipe["seconds"],
                              size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
     first, clips = min(FIRST_CLIPS, args.clips), args.clips
+    if args.driver == "text":
+        make = functools.partial(data.toy_text, seed=args.seed, seconds=recipe["seconds"],
+                                 size=vae.config.size)
     if args.data:
         paths = data.clip_paths(args.data)
         make = functools.partial(data.clip_motion, paths=paths, seed=args.seed,
                                  size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
         first = clips = len(paths)
     source = data.GrowingPool(make, first, CLIPS_A_STEP, clips, args.workers)
-    motions = Motions(source, vae, device, dtype, **statistics)
+    clip = data.open_clip(args.clip) if args.clip else None
+    motions = Motions(source, vae, device, dtype, args.target == "landmarks", clip, **statistics)
 
     def prepare(at):
         motions.grow(at)
@@ -244,16 +332,18 @@ def main(argv=None):
         """Let the EMA speak on unseen heads, draw, and save."""
         shadow.load_state_dict(ema.weights)
         made, r, gain = unseen.speak(shadow)
+        told = "lips of unseen heads r" if args.driver == "speech" else "unseen heads obeyed"
         optim.check_finite(made.abs().max(), step, last)
         log.write(0, step=step, minutes=budget.spent(), lip_r=float(r), lip_gain=float(gain))
         log.flush()
         statistics = {"mean": motions.mean, "std": motions.std}
         training.save(last, statistics | {
-            "preset": args.preset, "vae": vae_is, "config": dataclasses.asdict(config),
+            "preset": args.preset, "vae": vae_is, "name": args.name,
+            "config": dataclasses.asdict(config),
             "model": model.state_dict(), "ema": ema.weights, "step": step,
             "minutes": budget.spent(), "seed": args.seed,
             "optimisers": [o.state_dict() for o in optimisers]})
-        training.ship(out / "motion.pt", {
+        training.ship(out / f"{args.name}.pt", {
             "config": dataclasses.asdict(config), "weights": ema.half(), "speech": args.speech,
             "vae": vae_is,
             "mean": motions.mean.flatten().tolist(), "std": motions.std.flatten().tolist()},
@@ -261,8 +351,8 @@ def main(argv=None):
         media.write_image(out / "grid.png", unseen.grid(made))
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6], args.compare,
                            "diffusion")
-        tqdm.write(f"step {step}: {budget.spent():.1f} min, {len(motions.items)} clips, lips of "
-                   f"unseen heads r {r:.3f}, gain {gain:.2f} (read off the latents); "
+        tqdm.write(f"step {step}: {budget.spent():.1f} min, {len(motions.items)} clips, "
+                   f"{told} {r:.3f}, gain {gain:.2f} (read off the latents); "
                    f"{log.pace('frames')}, E_M on new clips {motions.seconds / 60:.1f} min in all")
 
     # ---- the loop ----
@@ -271,7 +361,7 @@ def main(argv=None):
         motions.grow(step)                                  # the pool is there, its latents known
         budget.begin(spent)                                 # what is made again was paid for
         if processes.leads:
-            unseen = Unseen(vae, motions, args.speech, args.wav2vec2, device)
+            unseen = Unseen(args, vae, motions, device)
         if args.fresh:
             last.unlink(missing_ok=True)
         log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
@@ -314,7 +404,7 @@ def main(argv=None):
                 bar.update(100 * budget.share(step) - bar.n)
     if processes.leads:
         log.close()
-        print(out / "motion.pt")
+        print(out / f"{args.name}.pt")
 
 
 if __name__ == "__main__":

@@ -454,3 +454,82 @@ def test_presets_are_built_and_counted():
                   for name, c in diffusion.PRESETS.items()}
     assert counts == {"toy": 4_146_579, "small": 55_817_011, "base": 628_654_435,
                       "large": 1_605_100_387}
+
+
+# ---- control -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_held_values_stay_and_pass_through_their_noisy_selves(sampler):
+    """Held entries end exactly at their known values. On the way DPM-Solver++, which is exact where
+    ẑ_0 is constant, is at alpha k + sigma eps; the free entries do not notice."""
+    key = torch.Generator().manual_seed(0)
+    z_1 = torch.randn(2, 5, 3, 2, 2, generator=key, dtype=torch.float64)
+    known = torch.randn(z_1.shape, generator=key, dtype=torch.float64)
+    held = torch.rand(z_1.shape, generator=key) < .5
+    seen = []
+
+    def denoise(z, t):
+        seen.append((z, t))
+        return perfect(z, t)
+
+    def quiet(z):
+        return torch.zeros_like(z)
+    answer, start = diffusion.hold(denoise, known, held, z_1)
+    made = diffusion.solve(answer, start, sampler, 20, noise=quiet)
+    assert torch.equal(made[held], known[held])
+    if sampler == "dpmpp_2m":
+        for z, t in seen:
+            alpha, sigma = (diffusion.like(v, z) for v in SDE.marginal(t))
+            torch.testing.assert_close(z[held], (alpha * known + sigma * z_1)[held])
+    free = diffusion.solve(perfect, z_1, sampler, 20, noise=quiet)
+    torch.testing.assert_close(made[~held], free[~held])
+
+
+def test_guidance_goes_from_no_speech_to_speech_and_beyond():
+    """W = 1 is plain sampling, W = 0 does not hear the speech, and ẑ_0 is linear in W."""
+    model, given = tiny(), batch(1, 30)
+    given["speech"] *= 5
+
+    def sample(speech, **how):
+        return torch.cat(list(diffusion.sample_motion(
+            model, speech, given["reference"], steps=1, **how)), 1)
+    plain = sample(given["speech"])
+    assert torch.equal(plain, sample(given["speech"], guidance=1.0))
+    deaf = sample(given["speech"], guidance=0.0)
+    torch.testing.assert_close(deaf, sample(given["speech"] + 3, guidance=0.0))
+    assert (plain - deaf).abs().max() > 1e-4
+    answers = {}
+    _, condition = model.condition(given["speech"][:, :24])
+    heard, unheard = (model.condition(given["speech"][:, :24], keep_speech=torch.tensor([k]))[1]
+                      for k in (True, False))
+    torch.testing.assert_close(condition, heard)
+    real = model.denoise
+
+    def spy(z, t, told, *rest):
+        answers[torch.equal(told, heard)] = real(z, t, told, *rest)
+        return answers[torch.equal(told, heard)]
+    model.denoise = spy
+    asked = []
+
+    def solve(denoise, z_1, *rest):
+        asked.append(denoise(z_1, torch.tensor([.5])))
+        return asked[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "solve", solve)
+        next(diffusion.sample_motion(model, given["speech"], given["reference"], guidance=2.5))
+    torch.testing.assert_close(asked[0], answers[False] + 2.5 * (answers[True] - answers[False]))
+
+
+def test_points_can_stand_where_latents_do():
+    """A model of 70 points makes (B, N, 2, 70, 1), holds what is held, and its presets stay."""
+    config = dataclasses.replace(TINY, target="landmarks")
+    torch.manual_seed(0)
+    model = diffusion.MotionModel(config)
+    reference, known = torch.randn(1, 2, 70, 1), torch.randn(1, 30, 2, 70, 1)
+    held = (torch.arange(70) < 48).view(70, 1).expand(known.shape)
+    windows = diffusion.sample_motion(model, torch.randn(1, 30, 10), reference, steps=2,
+                                      held=(known, held))
+    made = torch.cat(list(windows), 1)
+    assert made.shape == known.shape
+    torch.testing.assert_close(made[held], known[held])
+    assert diffusion.draw(0, 0, 0, 9, config)["noise"].shape == (9, 2, 70, 1)

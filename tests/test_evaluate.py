@@ -68,9 +68,10 @@ def test_seam_of_a_known_jerk(clips, monkeypatch):
     steps = np.ones(300)
     steps[[72, 144, 216, 288]] = 3
     motion = torch.tensor(np.cumsum(steps))[:, None].float()
-    for name, stand_in in {"encode_portrait": (None, None), "hear": torch.zeros(300, 1),
-                           "poses": None}.items():
-        monkeypatch.setattr(sample, name, lambda *_, out=stand_in: out)
+    for module, name, stand_in in ((sample, "encode_portrait", (None, None)),
+                                   (sample, "hear", torch.zeros(300, 1)),
+                                   (evaluate.control, "poses", None)):
+        monkeypatch.setattr(module, name, lambda *_, out=stand_in: out)
     monkeypatch.setattr(evaluate.diffusion, "sample_motion", lambda *_: motion[None].split(72, 1))
     monkeypatch.setattr(sample, "decode", lambda models, z_a, track: [
         np.stack([track.numpy(), 0 * track.numpy()], -1).repeat(POINTS, 1)])

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 import landmarks
+import toy
 from landmarks import (IRIS_COLOUR, IRISES, MEAN_FACE, RIGID, angles, crop_box, draw, eye_opening,
-                       head_pose, mouth_opening, point_error, rotation, visible)
+                       head_pose, mouth_opening, point_error, retarget, rotation, visible)
 
 POSES = np.array([[0, 0, 0], [20, 0, 0], [0, 25, 0], [0, 0, 15], [-12, 30, -20], [15, -40, 8]])
 
@@ -132,3 +133,22 @@ def test_openings_are_ratios():
     assert mouth_opening(turned) == pytest.approx(hand)
     np.testing.assert_allclose(eye_opening(turned), eye_opening(points))
     assert mouth_opening(np.stack([points] * 3)[None]).shape == (1, 3)
+
+
+def test_a_driver_moves_itself():
+    """`retarget` onto the driver's own first frame gives the driver back; a still driver, a still
+    portrait."""
+    driver = toy.make_clip(3, 2.0).landmarks
+    np.testing.assert_allclose(retarget(driver[0], driver), driver, atol=1e-3)
+    still = retarget(driver[0], np.repeat(driver[7:8], 3, 0))
+    np.testing.assert_allclose(still, np.repeat(driver[:1], 3, 0), atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [4, 6, 8])
+def test_another_face_does_what_the_driver_does(seed):
+    """Points of identity B doing A's motion, from B's first frame and A's points: within .4 px of
+    the renderer's on average, where A's own points are further off than 1 px."""
+    driver, other = toy.make_clip(seed, 3.0), toy.make_clip(seed + 1, 3.0)
+    true = toy.ToyClip(other.identity, driver.motion, jitter=driver.jitter).landmarks
+    made = retarget(true[0], driver.landmarks)
+    assert point_error(made, true).mean() < .4 < 1 < point_error(driver.landmarks, true).mean()

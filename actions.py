@@ -1,0 +1,123 @@
+"""What instructions ask of a head, and how far a face obeys (appendix E).
+
+Fifteen actions, each in several wordings, one of them held out from training, and alone or two at
+once. How far a face obeys is read off its 70 points, so the same ruler serves true and made ones.
+Letters: N frames. Not in the paper: it took instructions from recorded sessions, and five people
+rated the videos.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+import media
+from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, eye_opening, fit, head_pose,
+                       mouth_opening, unturned)
+
+# action: (wordings to train on, wordings held out, {column of pose or expression: target})
+INSTRUCTIONS = {
+    "smile": (("please smile", "smile", "give me a smile"),
+              ("show me a big smile",), {"smile": 1.0}),
+    "frown": (("look sad", "please look sad", "make a sad face"),
+              ("show me a sad face",), {"smile": -.6, "brow": -.5}),
+    "open_mouth": (("open your mouth", "please open your mouth", "mouth open"),
+                   ("open the mouth wide",), {"jaw": .9}),
+    "close_eyes": (("close your eyes", "please close your eyes", "shut your eyes"),
+                   ("keep your eyes shut",), {"lid": 0.0}),
+    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up"),
+                    ("please raise your brows",), {"brow": 1.0}),
+    "turn_left": (("turn your head left", "turn left", "please turn to the left"),
+                  ("rotate your head to the left",), {"yaw": 20}),
+    "turn_right": (("turn your head right", "turn right", "please turn to the right"),
+                   ("rotate your head to the right",), {"yaw": -20}),
+    "look_up": (("lift your head", "head up", "please raise your head"),
+                ("turn your head up",), {"pitch": 15}),
+    "look_down": (("lower your head", "head down", "please lower your head"),
+                  ("turn your head down",), {"pitch": -15}),
+    "tilt_left": (("tilt your head left", "please tilt your head to the left",
+                   "lean your head left"), ("tilt left",), {"roll": 15}),
+    "tilt_right": (("tilt your head right", "please tilt your head to the right",
+                    "lean your head right"), ("tilt right",), {"roll": -15}),
+    "glance_left": (("look left", "glance left", "please look to the left"),
+                    ("eyes to the left",), {"gaze_x": .95}),
+    "glance_right": (("look right", "glance right", "please look to the right"),
+                     ("eyes to the right",), {"gaze_x": -.95}),
+    "nod": (("nod", "please nod", "nod your head"),
+            ("say yes with your head",), {"pitch": "wave"}),
+    "shake": (("shake your head", "please shake your head", "shake"),
+              ("say no with your head",), {"yaw": "wave"}),
+}
+_CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}
+SETTLED = 1.2                   # seconds after which an instruction should have been carried out
+
+
+def random_actions(rng):
+    """The name of one action, or in three of ten cases two that do not clash."""
+    actions = [str(rng.choice(list(INSTRUCTIONS))) for _ in range(2)]
+    first, second = ({_CLASH.get(c, c) for c in INSTRUCTIONS[a][2]} for a in actions)
+    return actions if rng.random() < .3 and not first & second else actions[:1]
+
+
+def actions_of(text):
+    """Which actions a text names, by the wordings above; UserError for words nobody knows."""
+    known = {w: a for a, (train, held, _) in INSTRUCTIONS.items() for w in train + held}
+    parts = [part.strip() for part in text.lower().split(" and ")]
+    for part in parts:
+        if part not in known:
+            raise media.UserError(f"--instruct {text!r}: no head knows {part!r}; try one of: "
+                                  + "; ".join(train[0] for train, _, _ in INSTRUCTIONS.values()))
+    return [known[part] for part in parts]
+
+
+# ---- how far a face obeys ------------------------------------------------------------------------
+
+def corners(points):
+    """How far the mouth's corners lie above its middle, in half face widths. (N, 70, 2) -> (N,)"""
+    y = unturned(points, *fit(points))[..., 1]
+    return y[:, [48, 54]].mean(1) - y[:, [51, 57]].mean(1)
+
+
+def brows(points):
+    """How far the brows lie above the eyes' corners, in half face widths."""
+    y = unturned(points, *fit(points))[..., 1]
+    return y[:, BROWS].mean(1) - y[:, [36, 39, 42, 45]].mean(1)
+
+
+def glance(points):
+    """Where the irises lie between the eyes' corners, 1 at the viewer's right, in eye widths."""
+    x = unturned(points, *fit(points))[..., 0]
+    middle, width = (x[:, [36, 42]] + x[:, [39, 45]]) / 2, x[:, [39, 45]] - x[:, [36, 42]]
+    return ((x[:, IRISES] - middle) / width).mean(1)
+
+
+def eyes(points):
+    return eye_opening(points).mean(1)
+
+
+def angle(k):
+    return lambda points: head_pose(points)[:, k]
+
+
+# action: (what is read off the points, in which direction it should go, by how much at least)
+RULERS = {"smile": (corners, 1, .02), "frown": (corners, -1, .02),
+          "open_mouth": (mouth_opening, 1, .1),
+          "close_eyes": (eyes, -1, .15), "raise_brows": (brows, 1, .03),
+          "turn_left": (angle(1), 1, 8), "turn_right": (angle(1), -1, 8),
+          "look_up": (angle(0), 1, 6), "look_down": (angle(0), -1, 6),
+          "tilt_left": (angle(2), 1, 6), "tilt_right": (angle(2), -1, 6),
+          "glance_left": (glance, 1, .08), "glance_right": (glance, -1, .08),
+          "nod": (angle(0), 0, 4), "shake": (angle(1), 0, 4)}
+
+
+def obeyed(points, action, seconds=SETTLED):
+    """How far a track moved as an action asks, over what is asked at least: 1 or more is obeyed.
+
+    The mean after `seconds` against the first frame; for a nod or a shake, the spread after them
+    of what is left of the angle without what is slower than a second. points (N, 70, 2) px.
+    """
+    ruler, sign, least = RULERS[action]
+    track = ruler(np.asarray(points, dtype=np.float64))
+    late = track[round(seconds * media.FPS):]
+    if sign:
+        return sign * (late.mean() - track[0]) / least
+    slow = np.convolve(np.pad(late, 12, mode="edge"), np.ones(25) / 25, "valid")
+    return (late - slow).std() / least

@@ -1,0 +1,172 @@
+"""The ways to steer: poses, another video, a face that is held but for its lips, an instruction.
+
+    poses       --pose, --pose-from     what A's output is given beside the speech          4.3, D.1
+    a video     --drive                 its points instead of motion from speech            5.2.1
+    dubbing     --keep-from, --edit     points made around the video's that are held        D.2
+    words       --text                  what takes the speech's place                       E
+
+Each function turns what a user gives into what `diffusion` takes, or straight into motion latents.
+Letters: N frames, n of them. Not in the paper: --relative.
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import detector as detectors
+import diffusion
+import media
+from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, JAW, MOUTH, NOSE, POINTS, crop_box,
+                       head_pose)
+from text import vectors
+
+PARTS = {"jaw": (JAW,), "brows": (BROWS,), "nose": (NOSE,), "eyes": (EYE_LEFT, EYE_RIGHT, IRISES),
+         "mouth": (MOUTH,), "irises": (IRISES,)}
+STEEPEST = 60                   # degrees that a pose may be asked for
+
+ENCODE_AT_ONCE = 32             # frames
+
+
+# ---- what was asked ------------------------------------------------------------------------------
+
+def asked_pose(words):
+    """What --pose says: one of the words, or three numbers."""
+    if len(words) == 1 and words[0] in ("free", "predict", "still"):
+        return words[0]
+    try:
+        pose = [float(word) for word in words]
+    except ValueError:
+        pose = []
+    if len(pose) != 3 or not np.abs(pose).max() <= STEEPEST:
+        raise media.UserError(f"--pose {' '.join(words)}: wants free, predict, still, or three "
+                              f"numbers PITCH YAW ROLL in degrees, within {STEEPEST}")
+    return pose
+
+
+def refuse(args):
+    """UserError for flags that do not go together."""
+    posed = args.pose != "free" or args.pose_from
+    for wrong, reason in (
+            (args.pose_from and args.pose != "free", "--pose-from brings poses; leave --pose out"),
+            (args.relative and not (args.drive or args.keep_from),
+             "--relative belongs to --drive or --keep-from"),
+            (args.drive and (posed or args.guidance != 1),
+             "--drive takes all motion from the video; leave --pose, --pose-from, --guidance out"),
+            (args.keep_from and not args.audio, "--keep-from wants --audio, which moves the lips"),
+            (args.keep_from and posed, "--keep-from brings poses; leave --pose, --pose-from out"),
+            (args.edit and not args.keep_from, "--edit belongs to --keep-from"),
+            (args.seconds is not None and not args.text, "--seconds belongs to --text"),
+            (args.seconds is not None and not .2 <= args.seconds <= 600,
+             f"--seconds {args.seconds}: wants 0.2 to 600"),
+            (args.text and args.pose == "predict",
+             "--pose predict is for speech; leave it out with --text"),
+            (args.text and not all(words.strip() for words in args.text),
+             "--text is empty; say what to do, such as \"please smile\"")):
+        if wrong:
+            raise media.UserError(reason)
+
+
+# ---- poses ---------------------------------------------------------------------------------------
+
+def poses(models, speech, portrait_pose, how):
+    """Head poses (1, N, 3) in degrees: "predict" by P, "still" as the portrait, three numbers that
+    are held, a track (N, 3) that is followed, or None for "free": left to the model."""
+    def held(pose):
+        return torch.as_tensor(np.array(pose, dtype=np.float32), device=models.device)
+    if isinstance(how, str) and how == "free":
+        return None
+    if isinstance(how, str) and how == "predict":
+        return diffusion.predict_pose(models.motion, speech[None], held(portrait_pose)[None])
+    return held(portrait_pose if isinstance(how, str) else how).expand(1, len(speech), 3)
+
+
+def back_and_forth(track, n, name):
+    """The first n of a track (m, ...), which turns round at its ends where it is too short."""
+    if len(track) < n:
+        print(f"note: {name}: {len(track)} frames for {n}; played back and forth", file=sys.stderr)
+    k = np.arange(n) % max(2 * len(track) - 2, 1)
+    return track[np.minimum(k, 2 * len(track) - 2 - k)]
+
+
+def read_poses(path):
+    """A track of head poses from a CSV: pitch, yaw, roll in degrees, a line a frame. -> (N, 3)"""
+    media.check_file(path)
+    rows = []
+    with open(path, errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [[float(v) for v in line.split(",")]] if line.strip() else []
+                if rows and (len(rows[-1]) != 3 or not np.abs(rows[-1]).max() <= STEEPEST):
+                    raise ValueError
+            except ValueError:
+                if number > 1:                                  # the first may name the columns
+                    raise media.UserError(f"{path}: line {number} is not `pitch,yaw,roll` in "
+                                          f"degrees within {STEEPEST}: {line.strip()[:60]!r}"
+                                          ) from None
+                rows = []
+    if not rows:
+        raise media.UserError(f"{path}: no line of it is `pitch,yaw,roll` in degrees")
+    return np.array(rows, dtype=np.float32)
+
+
+def follow_poses(args, n, finder, size):
+    """The poses that --pose-from names, for n frames: (n, 3) degrees."""
+    if Path(args.pose_from).suffix.lower() == ".csv":
+        track = read_poses(args.pose_from)
+    else:
+        track = head_pose(watch(args.pose_from, args.detector, finder, size))
+    return back_and_forth(track, n, args.pose_from)
+
+
+# ---- another video -------------------------------------------------------------------------------
+
+def watch(path, which, finder, size):
+    """Points of a video's face, framed as portraits are: (N, 70, 2) px of a picture of `size`."""
+    points, note = detectors.follow(media.read_video(path), path, which, finder)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    x, y, side = crop_box(points)
+    return ((points - (x, y) + .5) * (size / side) - .5).astype(np.float32)
+
+
+@torch.inference_mode()
+def encode_points(models, points):
+    """E_M on every frame's points, part by part: (N, 70, 2) -> (n, 3, h_m, w_m), normalised."""
+    for at in range(0, len(points), ENCODE_AT_ONCE):
+        x_m = data.draw_all(points[at:at + ENCODE_AT_ONCE], models.vae.config.size)
+        motion = data.encode_motion(models.vae, x_m, models.device)
+        yield (motion.to(models.device) - models.mean) / models.std
+
+
+# ---- dubbing and words ---------------------------------------------------------------------------
+
+@torch.inference_mode()
+def keep(models, keeper, speech, points, video, edit, args):
+    """Dub a face (D.2): the parts named by `edit` are made from the speech, the other points are
+    held to the video's. points (70, 2), video (N, 70, 2) px. -> (n, 3, h_m, w_m), normalised."""
+    size, free = models.vae.config.size, torch.zeros(POINTS, dtype=torch.bool)
+    for part in edit:
+        for region in PARTS[part]:
+            free[region] = True
+
+    def normalised(points):
+        p = torch.tensor(points, device=models.device).mT[..., None] / size         # (N, 2, 70, 1)
+        return (p - keeper.mean) / keeper.std
+    known = normalised(video)[None]
+    held = ~free.to(models.device).view(POINTS, 1).expand(known.shape)
+    pose = torch.tensor(head_pose(video), device=models.device)[None]
+    for window in diffusion.sample_motion(
+            keeper.motion, speech[None], normalised(points[None]), pose, [args.seed], args.sampler,
+            args.steps, guidance=args.guidance, held=(known, held)):
+        made = (window[0] * keeper.std + keeper.mean)[..., 0].mT * size
+        yield from encode_points(models, made.cpu().numpy())
+
+
+def read_text(models, texts, seconds, clip=None):
+    """Instructions one after another, each for `seconds`, as speech features: (N, d_s)."""
+    said = vectors(texts, getattr(models.motion, "text_encoder", None), clip)
+    return said.repeat_interleave(round(seconds * media.FPS), 0).to(models.device)

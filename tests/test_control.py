@@ -1,0 +1,162 @@
+"""Ways to steer: poses, another video, guidance, each by its effect on what is made."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import control
+import detector
+import media
+import sample
+import toy
+import training
+from landmarks import head_pose, mouth_opening, point_error
+
+ROOT = Path(__file__).resolve().parent.parent
+FACE, SPEECH = str(ROOT / "assets" / "face.png"), str(ROOT / "assets" / "speech.wav")
+
+
+@pytest.fixture(scope="module")
+def finder():
+    return detector.load(training.SHIPPED / "detector.pt")
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory):
+    path = tmp_path_factory.mktemp("voice") / "a.wav"
+    media.write_sound(path, media.read_sound(SPEECH)[:25_600])                   # 40 frames
+    return path
+
+
+def points_of(finder, path, every=3):
+    return detector.find_in_crops(finder, np.stack(list(media.read_video(path))[::every]))
+
+
+def make(out, *flags, audio=None):
+    """Run sample.py on the demo's portrait; returns the video."""
+    drive = ["--audio", str(audio)] if audio else []
+    sample.main(["--image", FACE, *drive, "--steps", "8", "--out", str(out), *map(str, flags)], True)
+    return out
+
+
+def test_a_head_turns_where_it_is_asked_to(tmp_path, finder, voice):
+    """--pose PITCH YAW ROLL: asked for 20 degrees to either side, the head turns at least 20 degrees
+    further to that side, and the lips still move."""
+    left, right = (points_of(finder, make(tmp_path / "a.mp4", "--pose", 0, yaw, 0, audio=voice))
+                   for yaw in (-20, 20))
+    assert np.median(head_pose(right)[:, 1]) - np.median(head_pose(left)[:, 1]) > 20
+    assert mouth_opening(left).std() > .02 and mouth_opening(right).std() > .02
+
+
+def test_poses_come_from_a_csv_and_turn_round(tmp_path, finder, voice, capfd):
+    """A head that a CSV of 21 lines turns from -20 to 20 degrees turns back over the other half."""
+    track = np.stack([np.zeros(21), np.linspace(-20, 20, 21), np.zeros(21)], 1)
+    np.savetxt(tmp_path / "a.csv", track, delimiter=",", header="pitch,yaw,roll", comments="")
+    out = make(tmp_path / "a.mp4", "--pose-from", tmp_path / "a.csv", audio=voice)
+    assert "21 frames for 40; played back and forth" in capfd.readouterr().err
+    yaw = head_pose(points_of(finder, out, 1))[:, 1]
+    wanted = np.concatenate([np.linspace(-20, 20, 21), np.linspace(18, -18, 19)])
+    assert np.corrcoef(yaw, wanted)[0, 1] > .5 and np.ptp(yaw) > 15
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """A toy video, with its sound, and its points."""
+    clip = toy.make_clip(11, 1.6, held_out=True)
+    path = tmp_path_factory.mktemp("driver") / "driver.mp4"
+    with media.VideoWriter(path, 128, 128, clip.sound) as video:
+        video.write(clip.frames())
+    return path, clip
+
+
+def test_poses_come_from_a_video(tmp_path, finder, voice, driver):
+    """The head turns as the head of another video does."""
+    path, clip = driver
+    out = make(tmp_path / "a.mp4", "--pose-from", path, audio=voice)
+    yaw = head_pose(points_of(finder, out))[:, 1]
+    assert np.corrcoef(yaw, clip.pose[::3, 1])[0, 1] > .8
+
+
+def test_a_video_drives_the_portrait(tmp_path, finder, driver):
+    """--drive: the points found are the driver's to 1.5 px, frame by frame, with its sound kept."""
+    path, clip = driver
+    out = make(tmp_path / "a.mp4", "--drive", path)
+    found = points_of(finder, out, 1)
+    assert len(found) == len(clip) == 40
+    framed = control.watch(path, "toy", finder, 128)
+    assert point_error(found, framed).mean() < 1.5
+    heard = media.read_sound(out)[:len(clip.sound)]
+    assert np.corrcoef(heard, clip.sound[:len(heard)])[0, 1] > .95
+
+
+def test_a_relative_driver_keeps_the_portraits_face(tmp_path, finder, driver):
+    """--relative: the first frame is the portrait's own face; from there the mouth does the driver's."""
+    path, clip = driver
+    found = points_of(finder, make(tmp_path / "a.mp4", "--drive", path, "--relative"), 1)
+    picture = media.read_image(FACE)
+    own, _ = detector.locate(picture, FACE, "toy", finder)
+    _, own = sample.frame_portrait(picture, own, 128)
+    assert point_error(found[:1], own[None]).mean() < 1.5
+    theirs = mouth_opening(clip.landmarks)
+    assert np.corrcoef(mouth_opening(found), theirs)[0, 1] > .8
+
+
+def test_a_silent_video_drives_too(tmp_path, driver):
+    """A driver without sound gives a video without sound."""
+    with media.VideoWriter(tmp_path / "b.mp4", 128, 128) as video:
+        video.write(driver[1].frames(range(10)))
+    out = make(tmp_path / "a.mp4", "--drive", tmp_path / "b.mp4")
+    assert len(list(media.read_video(out))) == 10
+    assert media.read_sound_if_any(out) is None
+
+
+def test_a_track_is_played_back_and_forth(capfd):
+    """Three frames for eight: 0 1 2 1 0 1 2 1; one frame stays; a longer one is cut."""
+    track = np.arange(3)[:, None]
+    assert control.back_and_forth(track, 8, "x")[:, 0].tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+    assert control.back_and_forth(track[:1], 3, "x")[:, 0].tolist() == [0, 0, 0]
+    assert "x: 3 frames for 8" in capfd.readouterr().err
+    assert control.back_and_forth(track, 2, "x")[:, 0].tolist() == [0, 1]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text, named", [
+    ("", "empty"), ("pitch,yaw,roll\n", "no line"), ("1,2,3\n1,2\n", "line 2"),
+    ("a\n1,2,x\n", "line 2"), ("1,2,3\n0,95,0\n", "line 2"), ("1,2,3\nnan,0,0\n", "line 2")])
+def test_broken_tracks_take_one_line(tmp_path, text, named):
+    """What is not a track of poses is refused with its line."""
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(media.UserError, match=f"a.csv: .*{named}"):
+        control.read_poses(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--audio", SPEECH, "--pose", "1", "2"], "--pose 1 2"),
+    (["--audio", SPEECH, "--pose", "left"], "--pose left"),
+    (["--audio", SPEECH, "--pose", "0", "99", "0"], "--pose 0 99 0"),
+    (["--audio", SPEECH, "--pose", "nan", "0", "0"], "--pose nan"),
+    (["--audio", SPEECH, "--pose", "still", "--pose-from", "a.csv"], "--pose-from"),
+    (["--audio", SPEECH, "--pose-from", "none.csv"], "none.csv"),
+    (["--audio", SPEECH, "--relative"], "--relative"), (["--audio", SPEECH, "--guidance", "-1"], "guid"),
+    (["--audio", SPEECH, "--drive", "a.mp4"], "not allowed"), ([], "required"),
+    (["--drive", "none.mp4"], "none.mp4"), (["--drive", SPEECH], "speech.wav"),
+    (["--drive", FACE, "--pose", "still"], "--drive"), (["--drive", FACE, "--guidance", "2"], "--drive")])
+def test_flags_that_make_no_sense_together(tmp_path, flags, named):
+    """One line that names the flag; nothing is written."""
+    with pytest.raises(media.UserError, match=named):
+        sample.main(["--image", FACE, "--out", str(tmp_path / "a.mp4"), *flags], True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_face_that_is_lost_stays_where_it_was(finder):
+    """Two frames of noise among twelve keep the points before them; five are one clear line."""
+    frames = toy.make_clip(11, 1.0, held_out=True).frames(range(12))
+    noise = np.random.default_rng(0).integers(0, 255, frames.shape, dtype=np.uint8)
+    frames[5:7] = noise[5:7]
+    points, _ = detector.follow(frames, "a.mp4", "toy", finder)
+    assert (points[5] == points[4]).all() and (points[6] == points[4]).all()
+    assert point_error(points[7:], toy.make_clip(11, 1.0, held_out=True).landmarks[7:12]).max() < 3
+    frames[5:10] = noise[5:10]
+    with pytest.raises(media.UserError, match="a.mp4: no face in 5 of 12 frames"):
+        detector.follow(frames, "a.mp4", "toy", finder)
