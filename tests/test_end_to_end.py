@@ -114,7 +114,7 @@ def test_a_still_head_turns_less_than_a_free_one():
     assert 0 < moved["still"] < .75 * moved["free"], moved
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, request):
     """SIGINT after 32 frames: they and their sound are in `.partial`, nothing else is there."""
     real = sample.decode
 
@@ -123,6 +123,8 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
             yield frames
             os.kill(os.getpid(), signal.SIGINT)
     monkeypatch.setattr(sample, "decode", decode)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a job of `&` ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         sample.main(["--image", str(ROOT / "assets/face.png"), "--audio",
                      str(ROOT / "assets/speech.wav"), "--out", str(tmp_path / "a.mp4"), "--steps", "1"])
