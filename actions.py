@@ -108,16 +108,19 @@ RULERS = {"smile": (corners, 1, .02), "frown": (corners, -1, .02),
           "nod": (angle(0), 0, 4), "shake": (angle(1), 0, 4)}
 
 
-def obeyed(points, action, seconds=SETTLED):
+def obeyed(points, action, seconds=SETTLED, every=1):
     """How far a track moved as an action asks, over what is asked at least: 1 or more is obeyed.
 
     The mean after `seconds` against the first frame; for a nod or a shake, the spread after them
-    of what is left of the angle without what is slower than a second. points (N, 70, 2) px.
+    of what is left of the angle without what is slower than a second. points (N, 70, 2) px, one
+    for `every` how many frames.
     """
     ruler, sign, least = RULERS[action]
     track = ruler(np.asarray(points, dtype=np.float64))
-    late = track[round(seconds * media.FPS):]
+    late = track[round(seconds * media.FPS / every):]
     if sign:
         return sign * (late.mean() - track[0]) / least
-    slow = np.convolve(np.pad(late, 12, mode="edge"), np.ones(25) / 25, "valid")
+    half = 12 // every
+    slow = np.convolve(np.pad(late, half, mode="edge"), np.full(2 * half + 1, 1 / (2 * half + 1)),
+                       "valid")
     return (late - slow).std() / least

@@ -128,12 +128,17 @@ def encode_motion(vae, x_m, device):
                       for part in parts])
 
 
-def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weights=None):
-    """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, d_s), as float32 arrays, and
-    x_m (N, H, W, 3), drawn here because this runs beside the training."""
-    clip = toy.make_clip(training_seed(seed, k), seconds, size)
-    return {"landmarks": clip.landmarks, "pose": clip.pose, "x_m": draw_all(clip.landmarks, size),
-            "speech": _speech(clip.sound, (seed, k, 9) if augment else None, kind, weights)}
+def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weights=None,
+               drawn=True):
+    """Clip k of a run: landmarks (N, 70, 2), pose (N, 3), speech (N, d_s), as float32 arrays, and,
+    if it is to be drawn, x_m (N, H, W, 3). Every fourth is `steered`: its head turns far, so that
+    the model learns to follow a pose it is given."""
+    steered = k % 4 == 3
+    clip = toy.make_clip(training_seed(seed, k), seconds, size, steered=steered)
+    pictures = {"x_m": draw_all(clip.landmarks, size)} if drawn else {}
+    return pictures | {
+        "landmarks": clip.landmarks, "pose": clip.pose, "steered": steered,
+        "speech": _speech(clip.sound, (seed, k, 9) if augment else None, kind, weights)}
 
 
 def toy_text(k, seed=0, seconds=4.8, size=128):
@@ -141,7 +146,7 @@ def toy_text(k, seed=0, seconds=4.8, size=128):
     twice the same, and which is in force (N,)."""
     clip = toy.instruct(training_seed(seed, k), seconds, size=size, parts=1 + k % 2)
     return {"landmarks": clip.landmarks, "pose": clip.pose, "x_m": draw_all(clip.landmarks, size),
-            "texts": (clip.text.split(" | ") * 2)[:2], "said": clip.said}
+            "steered": False, "texts": (clip.text.split(" | ") * 2)[:2], "said": clip.said}
 
 
 def open_clip(folder):
@@ -176,7 +181,7 @@ class GrowingPool:
         for _ in tqdm(range(self.made, want), "rendering", leave=False,
                       disable=want < self.made + 50):
             if self.workers:
-                self._order(want + ahead)
+                self._order(min(want, self.made + 1) + ahead)
                 item = self.waiting.pop(0).result()
             else:
                 item = self.make(self.made)
@@ -212,7 +217,7 @@ def clip_motion(k, paths, size, seed=0, augment=True, kind="mel", weights=None):
         raise media.UserError(f"{paths[k]}: begins with a frame that is not valid; cut it or make "
                               "it again")
     return {"landmarks": held["landmarks"][:n], "pose": held["pose"][:n], "speech": speech[:n],
-            "x_m": draw_all(held["landmarks"][:n], size)}
+            "steered": False, "x_m": draw_all(held["landmarks"][:n], size)}
 
 
 # ---- clips at rest -------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ Departures from the paper, or choices where it is silent:
    to ẑ_0: whose face it is makes up two thirds of the latents' variance. And z_t goes around the
    Conformer, gated by t: blocks that end in a LayerNorm let nothing pass as it is.
 3. Speech is dropped in some training samples, pose in half: sample.py leaves it free by default.
+   Some made heads are steered: they turn far, without a reason in the speech. Their pose is always
+   given, and P does not learn from them.
 4. Long speech is sampled in windows. The last frames of one are the clean beginning of the next:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
    Each window looks a few frames ahead, and the next one takes over from those.
@@ -381,13 +383,13 @@ class Objective(nn.Module):
     def forward(self, batch):
         """batch: motion (B, N, 3, h, w), weight (B, N, 1, h, w), reference (B, 3, h, w), pose
         (B, N, 3), reference_pose (B, 3), speech (B, N, d_s) or letters (B, T, L) and said (B, N),
-        mask (B, N), and what `draw_batch` gives -> {"motion", "pose"}, each a sum over the frames
-        that `counted` counts: a batch may be cut anywhere."""
+        steered (B,) bool, mask (B, N), and what `draw_batch` gives -> {"motion", "pose"}, each a
+        sum over the frames that `counted` counts: a batch may be cut anywhere."""
         b, model = batch, self.model
         speech = b["speech"] if "speech" in b else model.read(b["letters"], b["said"])
         z_t = self.sde.perturb(b["motion"], b["t"], b["noise"])               # eq. 5
         encoded, condition = model.condition(speech, b["pose"], b["mask"], b["keep_speech"],
-                                             b["keep_pose"])
+                                             b["keep_pose"] | b["steered"])
         z_hat_0 = model.denoise(z_t, b["t"], condition, b["reference"],
                                 (b["motion"], b["given"]), b["mask"])
         pose = model.pose_predictor(encoded, b["reference_pose"], b["mask"])
@@ -399,8 +401,9 @@ class Objective(nn.Module):
 
     @staticmethod
     def counted(batch):
-        """The frames that each loss counts, two (B, N) bool: given ones are not predicted."""
-        return batch["mask"] & ~batch["given"], batch["mask"]
+        """The frames that each loss counts, two (B, N) bool: given ones are not predicted, nor
+        poses that no speech explains."""
+        return batch["mask"] & ~batch["given"], batch["mask"] & ~batch["steered"][:, None]
 
 
 # ---- sampling ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python evaluate.py                            the shipped weights, a table
     python evaluate.py --quick                    the same in about a minute, on fewer clips
     python evaluate.py --checkpoint runs --json runs/evaluation.json
+    python evaluate.py control                    every way to steer
     python evaluate.py samplers                   every sampler at 1 to 150 steps
 
 64 clips of 4 s of 64 identities that no training ever meets; what needs many seeds is measured on
@@ -30,16 +31,17 @@ import control
 import data
 import detector as detectors
 import diffusion
+import evaluate_control
 import media
 import sample
 import toy
 import voices
-from landmarks import (EYE_LEFT, EYE_RIGHT, MOUTH, eye_opening, head_pose, mouth_opening,
-                       point_error, region_box)
+from landmarks import (EYE_LEFT, EYE_RIGHT, MOUTH, head_pose, mouth_opening, point_error,
+                       region_box)
+from metrics import (LEAST_SPREAD, SECONDS, SIZE, blink_rate, encode_track, generate, held_out,
+                     loudness, pearson, psnr, psnr_in, redraw, score)
 
-SIZE, SECONDS = 128, 4.0
 SAMPLER_STEPS = (1, 2, 5, 10, 20, 50, 150)
-LEAST_SPREAD = .01              # of the true mouth opening; stiller clips have no lip numbers
 
 
 @dataclass(frozen=True)
@@ -59,80 +61,7 @@ PLANS = {"default": Plan(), "full": Plan(stride=1, drivers=64, cross_frames=100)
          "quick": Plan(8, 8, 4, 2, 6, 2, 8, 30.0)}
 
 
-# ---- numbers -------------------------------------------------------------------------------------
-
-def score(values, **beside):
-    """The mean over clips with its bootstrap 95 % interval, and what stands beside it."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return {"value": None} | beside
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"value": values.mean(), "low": low, "high": high} | beside
-
-
-def psnr(a, b):
-    """10 log10(4 / MSE) of uint8 pictures, on the scale [-1, 1]."""
-    difference = (a.astype(np.float32) - b) / 127.5
-    return 10 * np.log10(4 / np.maximum((difference ** 2).mean(), 1e-10))
-
-
-def psnr_in(a, b, boxes):
-    """PSNR over the pixels inside R boxes a frame. (n, H, W, 3) twice, (n, R, 4) -> float."""
-    at = np.arange(a.shape[1])
-    x0, y0, x1, y1 = np.moveaxis(boxes[..., None], 2, 0)                     # (n, R, 1)
-    rows, columns = (at >= y0) & (at <= y1), (at >= x0) & (at <= x1)
-    inside = (rows[..., :, None] & columns[..., None, :]).any(1)             # (n, H, W)
-    return float(psnr(a[inside], b[inside]))
-
-
-def pearson(a, b):
-    """Correlation over the last axis; nan where either stands still."""
-    a, b = (v - v.mean(-1, keepdims=True) for v in (np.asarray(a, float), np.asarray(b, float)))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1))
-
-
-def count_blinks(opening):
-    """Blinks in one track (N,): the eyes under 40 % of the clip's median for 2 to 10 frames."""
-    shut = np.concatenate([[0], (opening < .4 * np.median(opening)).astype(int), [0]])
-    edges = np.flatnonzero(np.diff(shut))
-    lengths = edges[1::2] - edges[::2]
-    return int(((lengths >= 2) & (lengths <= 10)).sum())
-
-
-def blink_rate(points):
-    """Blinks a minute of (N, 70, 2)."""
-    return count_blinks(eye_opening(points).mean(-1)) / (len(points) / media.FPS / 60)
-
-
-def loudness(sound, n):
-    """Log root mean square of each frame's samples. -> (n,)"""
-    step = media.RATE // media.FPS
-    padded = np.pad(sound, (0, max(0, n * step - len(sound))))[:n * step].reshape(n, step)
-    return np.log(np.sqrt((padded ** 2).mean(1)) + 1e-4)
-
-
 # ---- what is measured ----------------------------------------------------------------------------
-
-def held_out(k):
-    """Held-out clip k with its frames drawn: (clip, frames (N, 128, 128, 3) uint8)."""
-    clip = toy.make_clip(k, SECONDS, SIZE, held_out=True)
-    return replace(clip), clip.frames()         # without the painter that `clip` keeps by now
-
-
-def encode_track(models, points):
-    """Normalised latents of given points: (n, 70, 2) -> (n, 3, h_m, w_m)."""
-    z_m = data.encode_motion(models.vae, data.draw_all(points, SIZE), models.device)
-    return (z_m.to(models.device) - models.mean) / models.std
-
-
-def redraw(models, z_a, points):
-    """D(z^a, E_M(x^m)) for given points. -> (n, 128, 128, 3) uint8."""
-    return np.concatenate(list(sample.decode(models, z_a, encode_track(models, points))))
-
 
 def score_truth(plan, clips, finder):
     """The detector and the pose fit, on true frames."""
@@ -187,49 +116,6 @@ def draw_sheet(path, clips, models, count=32):
         z_a, _ = sample.encode_portrait(models, frames[0], clip.landmarks[0])
         shown += [frames[0], redraw(models, z_a, clip.landmarks[k:k + 1])[0], frames[k]]
     media.write_image(path, media.grid(np.stack(shown), 12))
-
-
-def score_cross(plan, clips, models, finder):
-    """One clip's motion on another's portrait, against the driver and against the renderer."""
-    rng = np.random.default_rng(0)
-    by_driver, by_truth, pictures, still, copied = [], [], [], [], []
-    pairs = [(d, int((d + rng.integers(1, len(clips))) % len(clips)))
-             for _ in range(plan.rounds) for d in range(min(plan.drivers, len(clips)))]
-    for d, t in tqdm(pairs, "cross-reenactment", leave=False):
-        driver, (target, frames) = clips[d][0], clips[t]
-        z_a, _ = sample.encode_portrait(models, frames[0], target.landmarks[0])
-        at = np.linspace(0, len(driver) - 1, min(plan.cross_frames, len(driver))).astype(int)
-        wanted = toy.ToyClip(target.identity, driver.motion, size=SIZE, jitter=driver.jitter)
-        made = redraw(models, z_a, driver.landmarks[at])
-        found = detectors.find_in_crops(finder, made)
-        by_driver.append(point_error(found, driver.landmarks[at]).mean())
-        by_truth.append(point_error(found, wanted.landmarks[at]).mean())
-        held = np.repeat(target.landmarks[:1], len(at), 0)
-        still.append(point_error(held, wanted.landmarks[at]).mean())
-        drawn = wanted.frames(at)
-        pictures.append(psnr(made, drawn))
-        copied.append(psnr(frames[:1], drawn))
-    return {"akd_cross": score(by_driver),
-            "akd_cross_true": score(by_truth, baseline=np.mean(still)),
-            "psnr_cross_true": score(pictures, baseline=np.mean(copied))}
-
-
-def generate(models, finder, clip, frames, seeds, how, sampler, steps, stride=1):
-    """Speak a clip's sound with its first frame: points found (S, n, 70, 2), the asked poses."""
-    z_a, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])
-    speech = sample.hear(models, clip.sound)
-    pose = control.poses(models, speech, clip.pose[0], how)
-    count = len(seeds)
-    with torch.inference_mode():
-        windows = diffusion.sample_motion(
-            models.motion, speech[None].expand(count, -1, -1), reference.expand(count, -1, -1, -1),
-            None if pose is None else pose.expand(count, -1, -1), seeds, sampler, steps)
-        motion = torch.cat(list(windows), 1)                                 # (S, N, 3, h, w)
-    found = []
-    for track in motion[:, ::stride]:
-        made = np.concatenate(list(sample.decode(models, z_a, track)))
-        found.append(detectors.find_in_crops(finder, made))
-    return np.stack(found), None if pose is None else pose[0].cpu().numpy()
 
 
 def silent_frames(clip):
@@ -438,9 +324,26 @@ def show(numbers):
         print(f"{name:20}" + "".join(cells))
 
 
+def show_tables(tables):
+    """{title: {row: numbers}}"""
+    for title, rows in tables.items():
+        print(f"\n{title}")
+        for name, row in rows.items():
+            print(f"{name:20}" + "".join(f"{value:10.3f}" for value in row))
+
+
+def show_about(args, plan, began):
+    """What the numbers were measured on, printed and given back."""
+    about = {"toy_version": toy.TOY_VERSION, "plan": plan,
+             "minutes": (time.monotonic() - began) / 60}
+    about |= {k: str(getattr(args, k)) for k in ("checkpoint", "sampler", "steps", "pose")}
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    return about
+
+
 def main(argv=None):
     p = media.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("table", nargs="?", choices=("samplers",), help="this table instead")
+    p.add_argument("table", nargs="?", choices=("control", "samplers"), help="these instead")
     sample.add_arguments(p)
     p.add_argument("--json", metavar="FILE", help="write the numbers, by name")
     p.add_argument("--sheet", metavar="PNG", help="draw 32 held-out heads beside their truth")
@@ -460,29 +363,34 @@ def main(argv=None):
                               f"wants {models.vae.config.size}x{models.vae.config.size}")
     finder = detectors.load(sample.find(Path(args.checkpoint), "detector.pt", "detector"),
                             models.device)
-    count = min(plan.clips, 4) if args.table else plan.clips
+    count = min(plan.clips, 4) if args.table == "samplers" else plan.clips
+    how = (args.sampler, args.steps)
+    if args.table == "control":
+        others = {name: sample.load_models(args.checkpoint, args.device, args.wav2vec2, name)
+                  for name in ("landmarks", "text")}
     clips = data.in_parallel(held_out, range(count), args.workers, "rendering the truth")
-    if args.table:
+    if args.table == "samplers":
         numbers = score_samplers(models, finder, clips, args.pose)
         show_samplers(numbers)
         return write(args.json, numbers | {"toy_version": toy.TOY_VERSION})
+    if args.table == "control":
+        numbers, tables = evaluate_control.score_all(plan, clips, models, finder, how, others)
+        show(numbers)
+        show_tables(tables)
+        about = show_about(args, name, began)
+        return write(args.json, about | numbers | {"tables": tables})
 
     if args.sheet:
         draw_sheet(args.sheet, clips, models)
     speed = score_speed(args, clips[0][1][0])
     numbers, floor = score_truth(plan, clips, finder)
     numbers |= score_self(plan, clips, models, finder, floor)
-    numbers |= score_cross(plan, clips, models, finder)
-    how = (args.pose, args.sampler, args.steps)
-    numbers |= score_speech(plan, clips, models, finder, *how)
-    numbers |= score_long(plan, clips, models, finder, *how)
+    numbers |= evaluate_control.score_cross(plan, clips, models, finder)
+    numbers |= score_speech(plan, clips, models, finder, args.pose, *how)
+    numbers |= score_long(plan, clips, models, finder, args.pose, *how)
     numbers |= speed
     show(numbers)
-    about = {"toy_version": toy.TOY_VERSION, "plan": name, "minutes":
-             (time.monotonic() - began) / 60} | {k: str(v) for k, v in vars(args).items()
-                                                 if k in ("checkpoint", "sampler", "steps", "pose")}
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
-    write(args.json, about | numbers)
+    write(args.json, show_about(args, name, began) | numbers)
 
 
 def write(path, numbers):

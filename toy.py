@@ -142,8 +142,20 @@ def gaze(rng, n):
     return track
 
 
-def make_motion(rng, n, speech=None):
-    """The whole motion of a clip of n frames: lips from the speech, as long, the rest its own."""
+def turns(rng, n):
+    """A head that turns from one far pose to the next and rests there. -> (n, 3) degrees."""
+    track, k = np.zeros((n + 30, 3)), 0
+    while k < len(track):
+        rest = int(rng.exponential(1.2) * media.FPS) + 8
+        track[k:k + rest] = rng.uniform(-1, 1, 3) * (25, 26, 24)
+        k += rest
+    kernel = np.exp(-.5 * (np.arange(-15, 16) / 5) ** 2)
+    return np.stack([np.convolve(c, kernel / kernel.sum(), "valid") for c in track.T], 1)
+
+
+def make_motion(rng, n, speech=None, steered=False):
+    """The whole motion of a clip of n frames: lips from the speech, as long, the rest its own.
+    `steered` heads go through `turns`, which no speech explains."""
     stress = np.zeros(n) if speech is None else speech.stress
     nod = np.convolve(stress, np.exp(-.5 * (np.arange(-6, 7) / 2.5) ** 2) / 6.3)[6:6 + n]
     pose = rng.normal(0, (4, 6, 3), 3) + wander(rng, n, .9, 3) * (2.6, 4.5, 2.6)
@@ -154,6 +166,8 @@ def make_motion(rng, n, speech=None):
     mean, spread = pose[:, 1].mean(), pose[:, 1].std()
     if n > 1 and spread < 4:                                    # every clip turns its head a little
         pose[:, 1] = mean + (pose[:, 1] - mean) * 4 / spread
+    if steered:
+        pose = turns(rng, n)
 
     e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
     if speech is not None:
@@ -186,14 +200,14 @@ def random_poses(rng, n, close=False):
 
 # ---- clips ---------------------------------------------------------------------------------------
 
-def make_clip(seed, seconds, size=128, held_out=False, defect=None):
+def make_clip(seed, seconds, size=128, held_out=False, defect=None, steered=False):
     """The talking head of a seed: always the same clip. `held_out` counts seeds from HELD_OUT.
     Identity, speech and motion each have a generator of their own, all keyed by the seed."""
     seed = seed + HELD_OUT * held_out
     who, says, moves = (np.random.default_rng((seed, k)) for k in range(3))
     n = round(seconds * media.FPS)
     speech = voices.make_speech(says, seconds, silence_share=1.0 if defect == "silence" else .03)
-    clip = ToyClip(random_identity(who), make_motion(moves, n, speech), speech, size=size,
+    clip = ToyClip(random_identity(who), make_motion(moves, n, speech, steered), speech, size=size,
                    jitter=(*moves.uniform(-.02, .02, 2), moves.uniform(.94, 1.06)), defect=defect)
     return _spoil(clip, moves) if defect else clip
 
@@ -299,10 +313,14 @@ def executor(workers):
 
 
 def _start_worker():
-    """Ctrl-C is the parent's; a worker ends when its parent has, were it by kill -9."""
+    """Ctrl-C is the parent's; a worker ends when its parent has, were it by kill -9. It has one
+    core, and so one thread."""
+    import torch
+
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()                            # so is SIGTERM to the whole group

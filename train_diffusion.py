@@ -6,10 +6,11 @@
     python train_diffusion.py --target landmarks         points for latents (D.2)
     torchrun --nproc_per_node 8 train_diffusion.py --preset small --vae v.pt --data clips
 
-Clips are encoded by E_M once, when they join the pool; a step takes random sub-sequences of them
-(the paper's pseudo-sentences). The same command again goes on where it stopped. OUT gets last.pt
-(everything), motion.pt, text.pt or landmarks.pt (the EMA in fp16), log.csv, curve.png, grid.png:
-unseen heads, the truth through the VAE above what the model makes of the sound or the instruction.
+Clips are made and encoded by E_M before the first step, because two cores do one thing at a time
+best; a step takes random sub-sequences of them (the paper's pseudo-sentences). The same command
+again goes on where it stopped. OUT gets last.pt (everything), motion.pt, text.pt or landmarks.pt
+(the EMA in fp16), log.csv, curve.png, grid.png: unseen heads, the truth through the VAE above what
+the model makes of the sound or the instruction.
 
 Departures from the paper: the `toy` preset trains with Muon on sub-sequences shorter than 125-250
 frames. Dropout, which it has none of, is drawn by process and not by global sample.
@@ -48,7 +49,7 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHTS = (EYE_LEFT, EYE_RIGHT, MOUTH), (.75, .75, 1.25)
-FIRST_CLIPS, CLIPS_A_STEP = 64, .12
+MEASURED = 64                    # clips that give the latents' mean and spread
 TEXT_WIDTH = {"bytes": 128, "clip": 512}
 NAMES = {("speech", "latents"): "motion", ("speech", "landmarks"): "landmarks",
          ("text", "latents"): "text"}                   # what is trained, and its folder
@@ -61,7 +62,8 @@ def arguments(argv):
     what.add_argument("--preset", choices=diffusion.PRESETS, default="toy", help="size")
     what.add_argument("--vae", default=training.SHIPPED / "vae.pt", help="default: the shipped")
     what.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
-    what.add_argument("--clips", type=int, default=1600, help="rendered clips, made along the way")
+    what.add_argument("--clips", type=int, default=4500,
+                      help="rendered clips, made before the first step; fewer are learnt by heart")
     what.add_argument("--driver", choices=("speech", "text"), default="speech",
                       help="what moves the head: a voice, or an instruction")
     what.add_argument("--text-encoder", choices=("bytes", "clip"), default="bytes",
@@ -80,7 +82,7 @@ def arguments(argv):
         raise media.UserError("--text-encoder clip and --clip FOLDER belong together")
     args.name = NAMES[args.driver, args.target]
     args.out = args.out or f"runs/{'diffusion' if args.name == 'motion' else args.name}"
-    training.settle(args, RECIPES[args.preset], minutes=50.0)
+    training.settle(args, RECIPES[args.preset], minutes=40.0)
     if args.clips < 1:
         raise media.UserError("--clips must be above zero")
     curves.check_compare(args.compare, "diffusion")
@@ -105,26 +107,23 @@ def point_weights(landmarks):
 
 class Motions:
     """Encoded clips: motion (N, 3, h, w) in fp16, pose (N, 3), speech (N, d_s), or instructions.
-    `mean` and `std` of the latents, (3, 1, 1), come from the first clips and stay. With `points`,
-    motion is the 70 points as shares of the picture's side, (N, 2, 70, 1)."""
+    `mean` and `std` of the latents, (3, 1, 1), come from the first clips. With `points`, motion
+    is the 70 points as shares of the picture's side, (N, 2, 70, 1)."""
 
-    def __init__(self, source, vae, device, dtype, points=False, clip=None, mean=None, std=None):
-        self.source, self.vae, self.device, self.dtype = source, vae, device, dtype
-        self.points, self.clip = points, clip
-        self.items, self.seconds = [], 0.0                          # which E_M took so far
+    def __init__(self, vae, device, dtype, points=False, clip=None, mean=None, std=None):
+        self.vae, self.device, self.dtype, self.points, self.clip = vae, device, dtype, points, clip
+        self.items = []
         self.mean, self.std = (v if v is None else self.shaped(v.cpu()) for v in (mean, std))
 
-    def grow(self, step):
-        """Gain what the pool must hold before this step."""
-        for item in self.source.grow(step):
-            began = time.monotonic()
-            motion = self.encode(item["landmarks"], item.pop("x_m"))
-            self.seconds += time.monotonic() - began
+    def fill(self, items):
+        """Encode what `data.toy_motion` and the like give, and keep it."""
+        for item in items:
+            motion = self.encode(item["landmarks"], item.pop("x_m", None))
             if "texts" in item:
                 item |= self.words(item.pop("texts"), item["said"])
             self.items.append(item | {"motion": motion.half()})
         if self.mean is None:
-            every = torch.cat([item["motion"] for item in self.items]).float()
+            every = torch.cat([item["motion"] for item in self.items[:MEASURED]]).float()
             axes = 0 if self.points else (0, 2, 3)
             self.mean, self.std = (self.shaped(v) for v in (every.mean(axes), every.std(axes)))
 
@@ -162,7 +161,8 @@ class Motions:
         made = {"motion": self.normalise(item["motion"][kept]), "weight": weight,
                 "reference": self.normalise(item["motion"][i]),
                 "pose": torch.tensor(item["pose"][kept]),
-                "reference_pose": torch.tensor(item["pose"][i])}
+                "reference_pose": torch.tensor(item["pose"][i]),
+                "steered": torch.tensor(item["steered"])}
         if "letters" in item:
             return made | {"letters": torch.tensor(item["letters"]),
                            "said": torch.tensor(item["said"][kept])}
@@ -174,7 +174,7 @@ def collate(examples):
     longest = max(len(e["motion"]) for e in examples)
 
     def stack(name):
-        if name.startswith(("reference", "letters")):
+        if name.startswith(("reference", "letters", "steered")):
             return torch.stack([e[name] for e in examples])
         return torch.nn.utils.rnn.pad_sequence([e[name] for e in examples], batch_first=True)
     made = {name: stack(name) for name in examples[0]}
@@ -255,7 +255,7 @@ class Unseen:
 
 def read_points(motions):
     """Least squares from a latent to the 70 points, a ruler for the curve only: (D + 1, 140)."""
-    items = motions.items[:FIRST_CLIPS]
+    items = motions.items[:MEASURED]
     z = torch.cat([motions.normalise(item["motion"]).flatten(1) for item in items])
     z = torch.cat([z, torch.ones(len(z), 1)], 1).double()
     points = np.concatenate([item["landmarks"] for item in items]).reshape(len(z), -1)
@@ -304,9 +304,10 @@ def main(argv=None):
     net = training.distribute(objective, processes)
 
     # ---- data ----
+    points, clips = args.target == "landmarks", args.clips
     make = functools.partial(data.toy_motion, seed=args.seed, seconds=recipe["seconds"],
-                             size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
-    first, clips = min(FIRST_CLIPS, args.clips), args.clips
+                             size=vae.config.size, kind=args.speech, weights=args.wav2vec2,
+                             drawn=not points)
     if args.driver == "text":
         make = functools.partial(data.toy_text, seed=args.seed, seconds=recipe["seconds"],
                                  size=vae.config.size)
@@ -314,13 +315,12 @@ def main(argv=None):
         paths = data.clip_paths(args.data)
         make = functools.partial(data.clip_motion, paths=paths, seed=args.seed,
                                  size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
-        first = clips = len(paths)
-    source = data.GrowingPool(make, first, CLIPS_A_STEP, clips, args.workers)
+        clips = len(paths)
+    source = data.GrowingPool(make, clips, 0, clips, args.workers)
     clip = data.open_clip(args.clip) if args.clip else None
-    motions = Motions(source, vae, device, dtype, args.target == "landmarks", clip, **statistics)
+    motions = Motions(vae, device, dtype, points, clip, **statistics)
 
     def prepare(at):
-        motions.grow(at)
         keys = [np.random.default_rng((args.seed, at, k)) for k in samples]
         drawn = collate([motions.example(key, recipe["frames"]) for key in keys])
         lengths = drawn["mask"].sum(1).tolist()
@@ -351,15 +351,20 @@ def main(argv=None):
         media.write_image(out / "grid.png", unseen.grid(made))
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6], args.compare,
                            "diffusion")
-        tqdm.write(f"step {step}: {budget.spent():.1f} min, {len(motions.items)} clips, "
-                   f"{told} {r:.3f}, gain {gain:.2f} (read off the latents); "
-                   f"{log.pace('frames')}, E_M on new clips {motions.seconds / 60:.1f} min in all")
+        tqdm.write(f"step {step}: {budget.spent():.1f} min, {told} {r:.3f}, gain {gain:.2f} "
+                   f"(read off the latents); {log.pace('frames')}")
+
+    began = time.monotonic()
+    with contextlib.closing(source), training.one_thread():     # beside the processes that render
+        motions.fill(source.grow(0))
+    if processes.leads:
+        tqdm.write(f"{clips} clips made and encoded in {(time.monotonic() - began) / 60:.1f} "
+                   "minutes, before those of training")
 
     # ---- the loop ----
     with training.progress("motion", processes.leads) as bar, training.stop_on_signals() as stop, \
-            contextlib.closing(source), contextlib.closing(batches):
-        motions.grow(step)                                  # the pool is there, its latents known
-        budget.begin(spent)                                 # what is made again was paid for
+            contextlib.closing(batches):
+        budget.begin(spent)
         if processes.leads:
             unseen = Unseen(args, vae, motions, device)
         if args.fresh:

@@ -77,9 +77,22 @@ def test_motion_of_a_clip_has_its_parts_aligned():
     made = data.toy_motion(0, seconds=1.2)
     assert made["landmarks"].shape == (30, 70, 2) and made["pose"].shape == (30, 3)
     assert made["speech"].shape == (30, 320)
+    assert made["x_m"].shape == (30, 128, 128, 3) and not made["steered"]
+    assert "x_m" not in data.toy_motion(0, seconds=1.2, drawn=False)
     clean = data.toy_motion(0, seconds=1.2, augment=False)
     assert np.array_equal(made["landmarks"], clean["landmarks"])
     assert not np.array_equal(made["speech"], clean["speech"])
+
+
+def test_every_fourth_clip_turns_far_and_stays_there():
+    """Steered heads reach beyond 15 degrees on each side and rest; the others hardly ever do."""
+    poses = np.stack([data.toy_motion(k, drawn=False)["pose"] for k in range(16)])
+    assert [data.toy_motion(k, seconds=.4, drawn=False)["steered"] for k in range(4)] == [0, 0, 0, 1]
+    far, near = poses[3::4], np.delete(poses, range(3, 16, 4), 0)
+    assert (np.abs(far) > 12).mean() > 3 * (np.abs(near) > 12).mean()
+    assert (far[..., 1].max() > 15) and (far[..., 1].min() < -15) and np.ptp(far[..., 0]) > 25
+    still = np.abs(np.diff(far, axis=1)).max(-1) < .3                          # degrees a frame
+    assert .2 < still.mean() < .9
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,7 @@ def test_training_sees_no_difference_between_clips_and_renderer(folder):
         (data.clip_motion, {"paths": paths, "size": 64}),
         (data.toy_motion, {"seconds": 1.0, "size": 64})))
     for name in wanted:
-        assert motion[name].shape == wanted[name].shape
+        assert np.shape(motion[name]) == np.shape(wanted[name])
     assert np.corrcoef(motion["speech"].ravel(), wanted["speech"].ravel())[0, 1] > .9
     assert not np.array_equal(data.clip_motion(0, paths, 64)["speech"], motion["speech"])   # augmented
 

@@ -300,7 +300,8 @@ def training_batch(b=4, n=16, samples=None):
     held = {"motion": torch.randn(b, n, 3, 4, 4), "reference": torch.randn(b, 3, 4, 4),
             "weight": torch.ones(b, n, 1, 4, 4),
             "pose": 10 * torch.randn(b, n, 3), "reference_pose": torch.randn(b, 3),
-            "speech": torch.randn(b, n, 10), "mask": torch.ones(b, n, dtype=torch.bool)}
+            "speech": torch.randn(b, n, 10), "mask": torch.ones(b, n, dtype=torch.bool),
+            "steered": torch.zeros(b, dtype=torch.bool)}
     return held | diffusion.draw_batch(0, 5, samples or range(b), [n] * b, TINY)
 
 
@@ -327,6 +328,21 @@ def test_the_loss_is_eq_8():
                                 held["reference_pose"], held["mask"])
     wanted = (((pose - held["pose"]) / 10)[held["mask"]] ** 2).mean()
     torch.testing.assert_close(losses["pose"], wanted)
+
+
+def test_steered_heads_keep_their_pose_and_teach_p_nothing():
+    """With every pose dropped, a steered sample's still counts in ẑ_0, and P's loss leaves it out."""
+    model, held = tiny(), training_batch()
+    held["keep_pose"][:], objective = False, diffusion.Objective(model)
+    before = objective(held)
+    held["steered"][1] = True
+    after = objective(held)
+    assert objective.counted(held)[1].sum() == 3 * 16
+    assert after["pose"] < before["pose"] and after["motion"] != before["motion"]
+    held["pose"][0] += 20                               # of a sample that is not steered: dropped
+    torch.testing.assert_close(objective(held)["motion"], after["motion"])
+    held["pose"][1] += 20
+    assert (objective(held)["motion"] - after["motion"]).abs() > 1e-4
 
 
 def test_draws_belong_to_the_sample_and_not_to_the_split():

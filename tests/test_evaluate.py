@@ -10,7 +10,10 @@ import torch
 
 import detector
 import evaluate
+import evaluate_control
 import sample
+import toy
+from actions import INSTRUCTIONS
 from landmarks import MOUTH, POINTS
 
 PLAN = evaluate.Plan(clips=2, stride=2, seeded_clips=2, seeds=3, drivers=2, rounds=1, cross_frames=5)
@@ -103,8 +106,79 @@ def test_cross_driving_is_measured_against_the_renderer(clips, monkeypatch):
     """A result that shows the driver's own points: no distance from them, the targets' shape away
     from the renderer's drawing, which lies nearer than the portrait held still."""
     monkeypatch.setattr(sample, "encode_portrait", lambda *_: (None, None))
-    monkeypatch.setattr(evaluate, "redraw", lambda models, z_a, points: points)
-    monkeypatch.setattr(evaluate, "psnr", lambda *_: 20.0)
-    held = evaluate.score_cross(PLAN, clips, None, None)
+    monkeypatch.setattr(evaluate_control, "redraw", lambda models, z_a, points: points)
+    monkeypatch.setattr(evaluate_control, "psnr", lambda *_: 20.0)
+    held = evaluate_control.score_cross(PLAN, clips, None, None)
     assert held["akd_cross"]["value"] == 0
     assert 0 < held["akd_cross_true"]["value"] < held["akd_cross_true"]["baseline"]
+
+
+# ---- ways to steer -------------------------------------------------------------------------------
+
+HOW = ("dpmpp_2m", 20)
+
+
+def test_a_head_that_obeys_every_pose_is_right_to_the_detectors_limit(clips, monkeypatch):
+    """Heads drawn in the asked pose: no more error than true frames have. Heads that ignore it: as
+    wrong as a frontal head. Blinks and lips of a still head: those of what was made."""
+    def speak(models, finder, portrait, points, sound, pose, seeds, how, every=1, guidance=1.0):
+        clip = next(c for c, _ in clips if np.array_equal(c.landmarks[0], points))
+        if isinstance(pose, str):
+            return np.stack([clip.landmarks[::every] for _ in seeds])
+        turned = toy.Motion(np.array([pose if obeys else (0, 0, 0)], float),
+                            clip.motion.expression[:1], clip.motion.sway[:1])
+        return toy.ToyClip(clip.identity, turned, size=128, jitter=clip.jitter).landmarks[None]
+    monkeypatch.setattr(evaluate_control, "speak", speak)
+    monkeypatch.setattr(toy.ToyClip, "frames", lambda self, at=None: self.landmarks)
+    obeys = True
+    held = evaluate_control.score_poses(clips, None, None, HOW, 20.0)
+    assert held["pose_control_mae"]["value"] == pytest.approx(held["pose_control_mae"]["truth"])
+    assert held["pose_control_mae"]["value"] < 2 and held["lip_r_posed"]["value"] > .999
+    true = np.mean([evaluate.blink_rate(c.landmarks) for c, _ in clips])
+    assert held["blinks_still"]["value"] == pytest.approx(true)
+    obeys = False
+    held = evaluate_control.score_poses(clips, None, None, HOW, 20.0)["pose_control_mae"]
+    assert held["value"] == pytest.approx(held["baseline"], abs=1.5)
+
+
+def test_a_relative_driver_is_measured_against_the_renderer(clips, monkeypatch):
+    """Where the picture shows the points it is given, relative driving is within a quarter of a
+    pixel of the renderer, raw points are not."""
+    monkeypatch.setattr(sample, "encode_portrait", lambda *_: (None, None))
+    monkeypatch.setattr(evaluate_control, "redraw", lambda models, z_a, points: points)
+    monkeypatch.setattr(evaluate_control, "psnr", lambda *_: 20.0)
+    held = evaluate_control.score_relative(PLAN, clips, None, None)["akd_cross_true_relative"]
+    assert held["value"] < .25 and held["baseline"] > 4 * held["value"]
+
+
+@pytest.mark.parametrize("obeys, right, wrong", [(True, 1.0, .25), (False, 0.0, .25)])
+def test_words_count_when_the_head_does_them(clips, monkeypatch, obeys, right, wrong):
+    """Heads that carry out what they are told are right in every instruction, and right by chance
+    in few of another's; heads that hold still are right in none."""
+    texts = {INSTRUCTIONS[a][1][0]: a for a in INSTRUCTIONS}
+
+    def tell(models, clip, portrait, said, seed, how, seconds=3.2):
+        motion = toy.make_motion(np.random.default_rng(seed), 80)
+        for track in (motion.pose, motion.expression, motion.sway):
+            track[:] = track[:1]
+        motion.expression[:] = toy.NEUTRAL
+        if obeys:
+            toy.obey(motion, [texts[said[0]]])
+        return toy.ToyClip(clip.identity, motion, size=128).landmarks
+    monkeypatch.setattr(evaluate_control, "tell", tell)
+    monkeypatch.setattr(evaluate_control, "back_again", lambda *_: 30.0)
+    held, table = evaluate_control.score_text(None, None, HOW, heads=2)
+    assert held["text_accuracy"]["value"] == right and len(table) == 15
+    assert held["text_accuracy_shuffled"]["value"] <= wrong
+
+
+def test_led_back_the_same_head_is_nearer_than_another(clips):
+    """With the shipped VAE: a head's last frame, led back to its first one, is nearer to that than
+    another head is."""
+    models = sample.load_models(sample.training.SHIPPED, "cpu")
+    clip, other = (toy.make_clip(k, .8, held_out=True) for k in (5, 6))
+    first, last = clip.frame(0), clip.frame(19)
+    own = evaluate_control.back_again(models, last, clip.landmarks[19], first, clip.landmarks[0])
+    theirs = evaluate_control.back_again(models, other.frame(0), other.landmarks[0], first,
+                                         clip.landmarks[0])
+    assert own > 22 and own > theirs + 5

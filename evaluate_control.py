@@ -1,0 +1,272 @@
+"""How well each way to steer works, on held-out heads: the numbers of `python evaluate.py control`.
+
+    poses      the angles that are asked for, and whether a still head speaks and blinks     D.1
+    video      another head's points, as they are and relative to its first frame           5.2.1
+    dubbing    points that are held, and lips that follow the new voice                      D.2
+    words      whether the head does what it is told, in wordings it never met               E
+    guidance   lips, their gain and diversity, by how far speech is leaned on
+    portraits  closed eyes, open mouths, turned and tilted heads                             5.2.2
+
+Letters: S seeds, N frames, n of them.
+"""
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import control
+import detector as detectors
+import sample
+import toy
+from actions import INSTRUCTIONS, obeyed
+from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, MOUTH, POINTS, head_pose, mouth_opening,
+                       point_error, region_box, retarget)
+from metrics import (LEAST_SPREAD, SIZE, animate, blink_rate, found_in, pearson, psnr, redraw,
+                     score)
+
+TURNS = [(p, y, 0) for p in (-20, 0, 20) for y in (-20, 0, 20)] + [(0, 0, -20), (0, 0, 20)]
+WEIGHTS = (0.0, .5, 1.0, 1.5, 2.0, 3.0)          # of guidance
+EVERY = 2                                        # which frames of told heads are looked at
+SAID = 3.2                                       # seconds that each instruction is given
+
+
+def speak(models, finder, portrait, points, sound, pose, seeds, how, every=1, guidance=1.0):
+    """Points of a portrait that says something: (S, n, 70, 2)."""
+    speech = sample.hear(models, sound)
+    asked = control.poses(models, speech, head_pose(points), pose)
+    z_a, motion = animate(models, portrait, points, speech, asked, seeds, *how, guidance=guidance)
+    return found_in(models, finder, z_a, motion[:, ::every])
+
+
+def lips(tracks, clip, every=1):
+    """Correlation of the mean mouth opening of several seeds with a clip's; nan if it is still."""
+    true = mouth_opening(clip.landmarks)
+    return pearson(mouth_opening(tracks).mean(0), true[::every]) if true.std() > LEAST_SPREAD \
+        else np.nan
+
+
+# ---- poses ---------------------------------------------------------------------------------------
+
+def score_poses(clips, models, finder, how, truth):
+    """truth: blinks a minute of true heads."""
+    errors, limit = [], []
+    for clip, frames in tqdm(clips[:4], "poses asked for", leave=False):
+        for pose in TURNS:
+            found = speak(models, finder, frames[0], clip.landmarks[0], clip.sound[:16_000], pose,
+                          [0], how)
+            errors.append(np.abs(head_pose(found[0]) - pose).mean())
+        face = (np.repeat(v[:1], len(TURNS), 0) for v in (clip.motion.expression, clip.motion.sway))
+        turned = toy.ToyClip(clip.identity, toy.Motion(np.array(TURNS, dtype=float), *face),
+                             size=SIZE, jitter=clip.jitter)
+        true = head_pose(detectors.find_in_crops(finder, turned.frames()))
+        limit.append(np.abs(true - TURNS).mean())
+    rows = {k: [] for k in ("free", "still", "blinks")}
+    for clip, frames in tqdm(clips, "still heads", leave=False):
+        given = models, finder, frames[0], clip.landmarks[0], clip.sound
+        rows["free"].append(lips(speak(*given, "free", range(4), how, 4), clip, 4))
+        found = speak(*given, "still", range(4), how)
+        rows["still"].append(lips(found[:, ::4], clip, 4))
+        rows["blinks"].append(np.mean([blink_rate(track) for track in found]))
+    return {"pose_control_mae": score(errors, truth=np.mean(limit),
+                                      baseline=float(np.abs(TURNS).mean())),
+            "lip_r_posed": score(rows["still"], truth=np.nanmean(rows["free"])),
+            "blinks_still": score(rows["blinks"], truth=truth)}
+
+
+# ---- another video -------------------------------------------------------------------------------
+
+def score_cross(plan, clips, models, finder):
+    """One clip's motion on another's portrait, against the driver and the renderer (B.2)."""
+    rng = np.random.default_rng(0)
+    by_driver, by_truth, pictures, still, copied = [], [], [], [], []
+    pairs = [(d, int((d + rng.integers(1, len(clips))) % len(clips)))
+             for _ in range(plan.rounds) for d in range(min(plan.drivers, len(clips)))]
+    for d, t in tqdm(pairs, "cross-reenactment", leave=False):
+        driver, (target, frames) = clips[d][0], clips[t]
+        z_a, _ = sample.encode_portrait(models, frames[0], target.landmarks[0])
+        at = np.linspace(0, len(driver) - 1, min(plan.cross_frames, len(driver))).astype(int)
+        wanted = toy.ToyClip(target.identity, driver.motion, size=SIZE, jitter=driver.jitter)
+        made = redraw(models, z_a, driver.landmarks[at])
+        found = detectors.find_in_crops(finder, made)
+        by_driver.append(point_error(found, driver.landmarks[at]).mean())
+        by_truth.append(point_error(found, wanted.landmarks[at]).mean())
+        held = np.repeat(target.landmarks[:1], len(at), 0)
+        still.append(point_error(held, wanted.landmarks[at]).mean())
+        drawn = wanted.frames(at)
+        pictures.append(psnr(made, drawn))
+        copied.append(psnr(frames[:1], drawn))
+    return {"akd_cross": score(by_driver),
+            "akd_cross_true": score(by_truth, baseline=np.mean(still)),
+            "psnr_cross_true": score(pictures, baseline=np.mean(copied))}
+
+
+def score_relative(plan, clips, models, finder):
+    """A portrait in the pose and expression of the driver's first frame does what the driver does
+    since then, against the renderer; and how far off the driver's raw points are there."""
+    rng, off, raw, pictures = np.random.default_rng(0), [], [], []
+    drivers = list(range(min(plan.drivers, len(clips)))) * plan.rounds
+    for d in tqdm(drivers, "relative driving", leave=False):
+        driver = clips[d][0]
+        target = clips[int((d + rng.integers(1, len(clips))) % len(clips))][0]
+        wanted = toy.ToyClip(target.identity, driver.motion, size=SIZE, jitter=driver.jitter)
+        at = np.linspace(0, len(driver) - 1, min(plan.cross_frames, len(driver))).astype(int)
+        drawn, true = wanted.frames(at), wanted.landmarks[at]
+        z_a, _ = sample.encode_portrait(models, drawn[0], true[0])
+        made = redraw(models, z_a, retarget(true[0], driver.landmarks)[at])
+        off.append(point_error(detectors.find_in_crops(finder, made), true).mean())
+        raw.append(point_error(driver.landmarks[at], true).mean())
+        pictures.append(psnr(made, drawn))
+    return {"akd_cross_true_relative": score(off, baseline=np.mean(raw)),
+            "psnr_cross_true_relative": score(pictures)}
+
+
+# ---- dubbing -------------------------------------------------------------------------------------
+
+def score_keeping(clips, models, keeper, finder, how):
+    """A head's own video with another's voice: held points stay, lips follow the new voice. Beside
+    how far off they are: the same where D redraws the whole video ("truth")."""
+    held, rows = np.ones(POINTS, dtype=bool), {k: [] for k in ("off", "redrawn", "kept", "free")}
+    for region in control.PARTS["mouth"] + control.PARTS["jaw"]:
+        held[region] = False
+    for k, (clip, frames) in enumerate(tqdm(clips, "dubbing", leave=False)):
+        voice, portrait, points = clips[(k + 1) % len(clips)][0], frames[0], clip.landmarks
+        speech = sample.hear(models, voice.sound)
+        z_a, _ = sample.encode_portrait(models, portrait, points[0])
+        tracks = [torch.cat(list(control.keep(
+            models, keeper, speech, points[0], points, ("mouth", "jaw"), argparse.Namespace(
+                seed=seed, sampler=how[0], steps=how[1], guidance=1.0)))) for seed in range(4)]
+        found = found_in(models, finder, z_a, torch.stack(tracks)[:, ::EVERY])
+        redrawn = detectors.find_in_crops(finder, redraw(models, z_a, points[::EVERY]))
+        for name, track in (("off", found), ("redrawn", redrawn)):
+            off = np.sqrt(((track - points[::EVERY]) ** 2).sum(-1))          # (..., n, 70)
+            rows[name].append(off[..., held].mean())
+        rows["kept"].append(lips(found, voice, EVERY))
+        free = speak(models, finder, portrait, points[0], voice.sound, "free", range(4), how, EVERY)
+        rows["free"].append(lips(free, voice, EVERY))
+    return {"keep_err_px": score(rows["off"], truth=np.mean(rows["redrawn"])),
+            "lip_r_kept": score(rows["kept"], truth=np.nanmean(rows["free"]))}
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+def tell(models, clip, portrait, texts, seed, how, seconds=SAID):
+    """Frames of a portrait that is told something: (N, 128, 128, 3)."""
+    speech = control.read_text(models, texts, seconds)
+    z_a, motion = animate(models, portrait, clip.landmarks[0], speech, None, [seed], *how,
+                          from_reference=True)
+    return np.concatenate(list(sample.decode(models, z_a, motion[0])))
+
+
+def back_again(models, frame, points, portrait, to):
+    """PSNR of a frame led back to the portrait's points by the VAE, outside eyes, brows, mouth."""
+    z_a, _ = sample.encode_portrait(models, frame, points)
+    made = redraw(models, z_a, to[None])[0]
+    outside = np.ones((SIZE, SIZE), dtype=bool)
+    for region in (BROWS, EYE_LEFT, EYE_RIGHT, MOUTH):
+        x0, y0, x1, y1 = region_box(to, region).astype(int).clip(0, SIZE)
+        outside[y0:y1 + 1, x0:x1 + 1] = False
+    return psnr(made[outside], portrait[outside])
+
+
+def score_text(models, finder, how, heads=10):
+    """Every instruction in its held-out wording on unseen heads; "shuffled" asks of each video what
+    another was told. -> numbers, {action: (obeyed, obeyed by another)}.
+
+    Identity: the last frame led back to the portrait (E.2: 10 portraits, 10 instructions), beside
+    the portrait itself led back ("truth"), and another head's picture ("shuffled").
+    """
+    names = list(INSTRUCTIONS)
+    clips = [toy.make_clip(300 + k, .2, SIZE, held_out=True) for k in range(heads)]
+    portraits = [clip.frame(0) for clip in clips]
+    far, kept, itself, another = {}, [], [], []
+    for name in tqdm(names, "instructions", leave=False):
+        for k, (clip, portrait) in enumerate(zip(clips, portraits)):
+            made = tell(models, clip, portrait, INSTRUCTIONS[name][1][:1], k, how)
+            found = detectors.find_in_crops(finder, made[::EVERY])
+            far[name, k] = {a: obeyed(found, a, every=EVERY) >= 1 for a in names}
+            if names.index(name) < 10:
+                to = portrait, clip.landmarks[0]
+                kept.append(back_again(models, made[::EVERY][-1], found[-1], *to))
+                other = (k + 1) % heads
+                itself.append(back_again(models, portrait, clip.landmarks[0], *to))
+                another.append(back_again(models, portraits[other], clips[other].landmarks[0], *to))
+    table = {a: (float(np.mean([far[a, k][a] for k in range(heads)])),
+                 float(np.mean([far[b, k][a] for b in names if b != a for k in range(heads)])))
+             for a in names}
+    right, wrong = np.array(list(table.values())).T
+    return {"text_accuracy": score(right), "text_accuracy_shuffled": score(wrong),
+            "text_identity": score(kept, truth=np.mean(itself), shuffled=np.mean(another))}, table
+
+
+# ---- guidance, odd portraits ---------------------------------------------------------------------
+
+def score_guidance(clips, models, finder, how):
+    """{weight: (lip_r_mean8 of four seeds, lip_gain, seed_diversity)}"""
+    table = {}
+    for weight in tqdm(WEIGHTS, "guidance", leave=False):
+        rows = []
+        for clip, frames in clips:
+            found = speak(models, finder, frames[0], clip.landmarks[0], clip.sound, "free",
+                          range(4), how, 4, weight)
+            opening, true = mouth_opening(found), mouth_opening(clip.landmarks)[::4]
+            spread = np.sqrt((found.std(0) ** 2).sum(-1)).mean()
+            gain = opening.std(1).mean() / true.std() if true.std() > LEAST_SPREAD else np.nan
+            rows.append((lips(found, clip, 4), gain, spread))
+        table[weight] = tuple(float(v) for v in np.nanmean(rows, 0))
+    return table
+
+
+def odd_portraits(clip):
+    """Portraits of a clip's identity that speech rarely shows: {name: ToyClip of one frame}."""
+    changes = {"frontal": {}, "eyes closed": {"lid_left": 0.0, "lid_right": 0.0},
+               "mouth open": {"jaw": .9}, "yaw 25": {"yaw": 25}, "yaw -25": {"yaw": -25},
+               "tilted": {"roll": 15}}
+    made = {}
+    for name, change in changes.items():
+        pose, expression = np.zeros((1, 3)), toy.NEUTRAL[None].copy()
+        for part, value in change.items():
+            if part in toy.ANGLES:
+                pose[0, toy.ANGLES.index(part)] = value
+            else:
+                expression[0, toy.AT[part]] = value
+        made[name] = toy.ToyClip(clip.identity, toy.Motion(pose, expression, np.zeros((1, 2))),
+                                 size=SIZE)
+    return made
+
+
+def score_odd(clips, models, finder, how):
+    """Lips and blinks of odd portraits over those of frontal ones; a table by kind."""
+    rows = {}
+    for clip, _ in tqdm(clips, "odd portraits", leave=False):
+        for name, still in odd_portraits(clip).items():
+            found = speak(models, finder, still.frame(0), still.landmarks[0], clip.sound, "free",
+                          range(4), how)
+            rows.setdefault(name, []).append((lips(found, clip),
+                                              np.mean([blink_rate(track) for track in found])))
+    table = {name: tuple(float(v) for v in np.nanmean(r, 0)) for name, r in rows.items()}
+    r, blinks = np.array([table[name] for name in table if name != "frontal"]).T
+    straight = table["frontal"]
+    return {"lip_r_odd": score(r / straight[0], truth=1.0),
+            "blinks_odd": score(blinks / max(straight[1], 1e-6), truth=1.0)}, table
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+def score_all(plan, clips, models, finder, how, others):
+    """Every number and table. others: the models of "landmarks" and "text"."""
+    some = clips[:max(2, plan.seeded_clips // 2)]
+    truth = np.mean([blink_rate(clip.landmarks) for clip, _ in clips])
+    numbers = score_poses(clips[:plan.seeded_clips], models, finder, how, truth)
+    numbers |= score_cross(plan, clips, models, finder)
+    numbers |= score_relative(plan, clips, models, finder)
+    numbers |= score_keeping(some, models, others["landmarks"], finder, how)
+    told, by_word = score_text(others["text"], finder, how)
+    odd, by_portrait = score_odd(some, models, finder, how)
+    return numbers | told | odd, {
+        "instructions (obeyed, obeyed when told something else)": by_word,
+        "guidance (lip_r_mean8, lip_gain, seed_diversity)":
+            {str(w): row for w, row in score_guidance(some, models, finder, how).items()},
+        "portraits (lip_r_mean8, blinks a minute)": by_portrait}

@@ -1,0 +1,127 @@
+"""What numbers are made of: scores with their intervals, PSNR, correlation, blinks, and the way
+from a portrait and a sound to the points of what was made.
+
+evaluate.py and evaluate_control.py are built on these. Points of made frames are found by our own
+detector. Letters: S seeds, N frames, n of them.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import control
+import data
+import detector as detectors
+import diffusion
+import media
+import sample
+import toy
+from landmarks import eye_opening
+
+SIZE, SECONDS = 128, 4.0        # of held-out clips
+LEAST_SPREAD = .01              # of the true mouth opening; stiller clips have no lip numbers
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+def score(values, **beside):
+    """The mean over clips with its bootstrap 95 % interval, and what stands beside it."""
+    values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"value": None} | beside
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"value": values.mean(), "low": low, "high": high} | beside
+
+
+def psnr(a, b):
+    """10 log10(4 / MSE) of uint8 pictures, on the scale [-1, 1]."""
+    difference = (a.astype(np.float32) - b) / 127.5
+    return 10 * np.log10(4 / np.maximum((difference ** 2).mean(), 1e-10))
+
+
+def psnr_in(a, b, boxes):
+    """PSNR over the pixels inside R boxes a frame. (n, H, W, 3) twice, (n, R, 4) -> float."""
+    at = np.arange(a.shape[1])
+    x0, y0, x1, y1 = np.moveaxis(boxes[..., None], 2, 0)                     # (n, R, 1)
+    rows, columns = (at >= y0) & (at <= y1), (at >= x0) & (at <= x1)
+    inside = (rows[..., :, None] & columns[..., None, :]).any(1)             # (n, H, W)
+    return float(psnr(a[inside], b[inside]))
+
+
+def pearson(a, b):
+    """Correlation over the last axis; nan where either stands still."""
+    a, b = (v - v.mean(-1, keepdims=True) for v in (np.asarray(a, float), np.asarray(b, float)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1))
+
+
+def count_blinks(opening):
+    """Blinks in one track (N,): the eyes under 40 % of the clip's median for 2 to 10 frames."""
+    shut = np.concatenate([[0], (opening < .4 * np.median(opening)).astype(int), [0]])
+    edges = np.flatnonzero(np.diff(shut))
+    lengths = edges[1::2] - edges[::2]
+    return int(((lengths >= 2) & (lengths <= 10)).sum())
+
+
+def blink_rate(points):
+    """Blinks a minute of (N, 70, 2)."""
+    return count_blinks(eye_opening(points).mean(-1)) / (len(points) / media.FPS / 60)
+
+
+def loudness(sound, n):
+    """Log root mean square of each frame's samples. -> (n,)"""
+    step = media.RATE // media.FPS
+    padded = np.pad(sound, (0, max(0, n * step - len(sound))))[:n * step].reshape(n, step)
+    return np.log(np.sqrt((padded ** 2).mean(1)) + 1e-4)
+
+
+# ---- making and finding --------------------------------------------------------------------------
+
+def held_out(k):
+    """Held-out clip k with its frames drawn: (clip, frames (N, 128, 128, 3) uint8)."""
+    clip = toy.make_clip(k, SECONDS, SIZE, held_out=True)
+    return replace(clip), clip.frames()         # without the painter that `clip` keeps by now
+
+
+def encode_track(models, points):
+    """Normalised latents of given points: (n, 70, 2) -> (n, 3, h_m, w_m)."""
+    z_m = data.encode_motion(models.vae, data.draw_all(points, SIZE), models.device)
+    return (z_m.to(models.device) - models.mean) / models.std
+
+
+def redraw(models, z_a, points):
+    """D(z^a, E_M(x^m)) for given points. -> (n, 128, 128, 3) uint8."""
+    return np.concatenate(list(sample.decode(models, z_a, encode_track(models, points))))
+
+
+@torch.inference_mode()
+def animate(models, portrait, points, speech, pose, seeds, sampler, steps, **more):
+    """A framed portrait and its points (70, 2) move to speech features (N, d_s), once for each
+    seed. pose (1, N, 3) or None, more: of `diffusion.sample_motion` -> z^a, motion (S, N, 3, h, w).
+    """
+    z_a, reference = sample.encode_portrait(models, portrait, points)
+    count = len(seeds)
+    windows = diffusion.sample_motion(
+        models.motion, speech[None].expand(count, -1, -1), reference.expand(count, -1, -1, -1),
+        None if pose is None else pose.expand(count, -1, -1), seeds, sampler, steps, **more)
+    return z_a, torch.cat(list(windows), 1)
+
+
+def found_in(models, finder, z_a, tracks):
+    """Points found in the frames that D makes of motion: (S, n, 3, h, w) -> (S, n, 70, 2)."""
+    made = (np.concatenate(list(sample.decode(models, z_a, track))) for track in tracks)
+    return np.stack([detectors.find_in_crops(finder, frames) for frames in made])
+
+
+def generate(models, finder, clip, frames, seeds, how, sampler, steps, stride=1):
+    """Speak a clip's sound with its first frame: points found (S, n, 70, 2), the asked poses."""
+    speech = sample.hear(models, clip.sound)
+    pose = control.poses(models, speech, clip.pose[0], how)
+    z_a, motion = animate(models, frames[0], clip.landmarks[0], speech, pose, seeds, sampler, steps)
+    found = found_in(models, finder, z_a, motion[:, ::stride])
+    return found, None if pose is None else pose[0].cpu().numpy()
