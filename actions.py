@@ -1,7 +1,8 @@
 """What instructions ask of a head, and how far a face obeys (appendix E).
 
-Fifteen actions, each in several wordings, one of them held out from training, and alone or two at
-once. How far a face obeys is read off its 70 points, so the same ruler serves true and made ones.
+Fifteen actions, each in six wordings, with or without manners, and two more held out from training;
+alone or two at once. How far a face obeys is read off its 70 points, so the same ruler serves true
+and made ones.
 Letters: N frames. Not in the paper: it took instructions from recorded sessions, and five people
 rated the videos.
 """
@@ -15,37 +16,52 @@ from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, eye_opening, fit, hea
 
 # action: (wordings to train on, wordings held out, {column of pose or expression: target})
 INSTRUCTIONS = {
-    "smile": (("please smile", "smile", "give me a smile"),
-              ("show me a big smile",), {"smile": 1.0}),
-    "frown": (("look sad", "please look sad", "make a sad face"),
-              ("show me a sad face",), {"smile": -.6, "brow": -.5}),
-    "open_mouth": (("open your mouth", "please open your mouth", "mouth open"),
-                   ("open the mouth wide",), {"jaw": .9}),
-    "close_eyes": (("close your eyes", "please close your eyes", "shut your eyes"),
-                   ("keep your eyes shut",), {"lid": 0.0}),
-    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up"),
-                    ("please raise your brows",), {"brow": 1.0}),
-    "turn_left": (("turn your head left", "turn left", "please turn to the left"),
-                  ("rotate your head to the left",), {"yaw": 20}),
-    "turn_right": (("turn your head right", "turn right", "please turn to the right"),
-                   ("rotate your head to the right",), {"yaw": -20}),
-    "look_up": (("lift your head", "head up", "please raise your head"),
-                ("turn your head up",), {"pitch": 15}),
-    "look_down": (("lower your head", "head down", "please lower your head"),
-                  ("turn your head down",), {"pitch": -15}),
-    "tilt_left": (("tilt your head left", "please tilt your head to the left",
-                   "lean your head left"), ("tilt left",), {"roll": 15}),
-    "tilt_right": (("tilt your head right", "please tilt your head to the right",
-                    "lean your head right"), ("tilt right",), {"roll": -15}),
-    "glance_left": (("look left", "glance left", "please look to the left"),
-                    ("eyes to the left",), {"gaze_x": .95}),
-    "glance_right": (("look right", "glance right", "please look to the right"),
-                     ("eyes to the right",), {"gaze_x": -.95}),
-    "nod": (("nod", "please nod", "nod your head"),
-            ("say yes with your head",), {"pitch": "wave"}),
-    "shake": (("shake your head", "please shake your head", "shake"),
-              ("say no with your head",), {"yaw": "wave"}),
+    "smile": (("smile", "give me a smile", "show a smile", "smile at me", "look happy",
+               "put on a happy face"),
+              ("show me a big smile", "make a happy face"), {"smile": 1.0}),
+    "frown": (("look sad", "make a sad face", "frown", "be sad", "put on a sad face",
+               "show a frown"),
+              ("show me a sad face", "give me a frown"), {"smile": -.6, "brow": -.5}),
+    "open_mouth": (("open your mouth", "mouth open", "open your mouth wide", "drop your jaw",
+                    "let your mouth hang open", "a wide open mouth"),
+                   ("open the mouth wide", "keep your mouth open"), {"jaw": .9}),
+    "close_eyes": (("close your eyes", "shut your eyes", "eyes closed", "eyes shut",
+                    "keep your eyes closed", "close both eyes"),
+                   ("keep your eyes shut", "close the eyes"), {"lid": 0.0}),
+    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up", "brows up",
+                     "raise both brows", "lift both eyebrows"),
+                    ("raise your brows", "lift your eyebrows"), {"brow": 1.0}),
+    "turn_left": (("turn your head left", "turn left", "turn to the left", "rotate left",
+                   "turn your face to the left", "rotate to the left"),
+                  ("rotate your head to the left", "turn your face left"), {"yaw": 20}),
+    "turn_right": (("turn your head right", "turn right", "turn to the right", "rotate right",
+                    "turn your face to the right", "rotate to the right"),
+                   ("rotate your head to the right", "turn your face right"), {"yaw": -20}),
+    "look_up": (("lift your head", "head up", "raise your head", "turn your face up", "chin up",
+                 "lift your chin"),
+                ("turn your head up", "raise your chin"), {"pitch": 15}),
+    "look_down": (("lower your head", "head down", "drop your head", "turn your face down",
+                   "chin down", "lower your chin"),
+                  ("turn your head down", "drop your chin"), {"pitch": -15}),
+    "tilt_left": (("tilt your head left", "tilt your head to the left", "lean your head left",
+                   "lean left", "tilt to the left", "lean your head to the left"),
+                  ("tilt left", "lean to the left"), {"roll": 15}),
+    "tilt_right": (("tilt your head right", "tilt your head to the right", "lean your head right",
+                    "lean right", "tilt to the right", "lean your head to the right"),
+                   ("tilt right", "lean to the right"), {"roll": -15}),
+    "glance_left": (("look left", "glance left", "look to the left", "eyes left",
+                     "move your eyes left", "glance over to the left"),
+                    ("eyes to the left", "move your eyes to the left"), {"gaze_x": .95}),
+    "glance_right": (("look right", "glance right", "look to the right", "eyes right",
+                      "move your eyes right", "glance over to the right"),
+                     ("eyes to the right", "move your eyes to the right"), {"gaze_x": -.95}),
+    "nod": (("nod", "nod your head", "say yes", "nod yes", "give a nod", "nod a few times"),
+            ("say yes with your head", "nod to me"), {"pitch": "wave"}),
+    "shake": (("shake your head", "shake", "say no", "shake your head no", "give a shake",
+               "shake your head a few times"),
+              ("say no with your head", "shake the head"), {"yaw": "wave"}),
 }
+MANNERS = ("{}", "{}", "please {}", "{} please", "now {}", "could you {}", "just {}")
 _CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}
 SETTLED = 1.2                   # seconds after which an instruction should have been carried out
 
@@ -57,9 +73,16 @@ def random_actions(rng):
     return actions if rng.random() < .3 and not first & second else actions[:1]
 
 
+def wording(rng, action, held_out=False):
+    """One way to ask for an action."""
+    words = str(rng.choice(INSTRUCTIONS[action][1 if held_out else 0]))
+    return words if held_out else str(rng.choice(MANNERS)).format(words)
+
+
 def actions_of(text):
     """Which actions a text names, by the wordings above; UserError for words nobody knows."""
-    known = {w: a for a, (train, held, _) in INSTRUCTIONS.items() for w in train + held}
+    known = {manner.format(w): a for a, (train, held, _) in INSTRUCTIONS.items()
+             for w in train + held for manner in MANNERS}
     parts = [part.strip() for part in text.lower().split(" and ")]
     for part in parts:
         if part not in known:

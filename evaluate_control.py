@@ -172,8 +172,8 @@ def back_again(models, frame, points, portrait, to):
 
 
 def score_text(models, finder, how, heads=10):
-    """Every instruction in its held-out wording on unseen heads; "shuffled" asks of each video what
-    another was told. -> numbers, {action: (obeyed, obeyed by another)}.
+    """Every instruction in its held-out wordings on unseen heads; "shuffled" asks of each video
+    what another was told. -> numbers, {action: (obeyed, obeyed by another)}.
 
     Identity: the last frame led back to the portrait (E.2: 10 portraits, 10 instructions), beside
     the portrait itself led back ("truth"), and another head's picture ("shuffled").
@@ -184,7 +184,8 @@ def score_text(models, finder, how, heads=10):
     far, kept, itself, another = {}, [], [], []
     for name in tqdm(names, "instructions", leave=False):
         for k, (clip, portrait) in enumerate(zip(clips, portraits)):
-            made = tell(models, clip, portrait, INSTRUCTIONS[name][1][:1], k, how)
+            words = INSTRUCTIONS[name][1][k % 2]
+            made = tell(models, clip, portrait, [words], k, how)
             found = detectors.find_in_crops(finder, made[::EVERY])
             far[name, k] = {a: obeyed(found, a, every=EVERY) >= 1 for a in names}
             if names.index(name) < 10:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import media
 import voices
-from actions import INSTRUCTIONS, actions_of, random_actions
+from actions import INSTRUCTIONS, actions_of, random_actions, wording
 from faces import EXPRESSION, NEUTRAL, random_identity
 from landmarks import draw, head_pose
 from painter import Painter
@@ -266,8 +266,7 @@ def instruct(seed, seconds, held_out=False, actions=None, size=128, parts=1):
     said = np.minimum(np.arange(len(motion)) * parts // len(motion), parts - 1)
     for k in range(parts):
         chosen = actions or random_actions(words)
-        texts.append(" and ".join(str(words.choice(INSTRUCTIONS[a][1 if held_out else 0]))
-                                  for a in chosen))
+        texts.append(" and ".join(wording(words, a, held_out) for a in chosen))
         frames = np.flatnonzero(said == k) / media.FPS
         obey(motion, chosen, frames[0] + .3, frames[-1] + .3 if k + 1 < parts else math.inf)
     return ToyClip(random_identity(who), motion, text=" | ".join(texts), said=said, size=size)

@@ -155,7 +155,7 @@ def test_a_relative_driver_is_measured_against_the_renderer(clips, monkeypatch):
 def test_words_count_when_the_head_does_them(clips, monkeypatch, obeys, right, wrong):
     """Heads that carry out what they are told are right in every instruction, and right by chance
     in few of another's; heads that hold still are right in none."""
-    texts = {INSTRUCTIONS[a][1][0]: a for a in INSTRUCTIONS}
+    texts = {words: a for a in INSTRUCTIONS for words in INSTRUCTIONS[a][1]}
 
     def tell(models, clip, portrait, said, seed, how, seconds=3.2):
         motion = toy.make_motion(np.random.default_rng(seed), 80)
