@@ -5,6 +5,7 @@ nearest orthogonal matrix of the momentum.
 """
 from __future__ import annotations
 
+import collections
 import math
 
 import torch
@@ -15,50 +16,50 @@ import media
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix steps are orthogonalised, for hidden kernels (out, in, ...).
 
-    The step is lr * 0.2 sqrt(max(rows, columns)) * UV^T of the Nesterov momentum's SVD.
+    The step is lr * 0.2 sqrt(max(rows, columns)) * UV^T of the Nesterov momentum's SVD, found in
+    `dtype`, or in the kernel's own; kernels of one shape go together.
     """
 
-    def __init__(self, parameters, lr=2e-3, momentum=.95):
+    def __init__(self, parameters, lr=2e-3, momentum=.95, dtype=None):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = collections.defaultdict(list)
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                matrix = p.grad.lerp(buffer, group["momentum"]).reshape(len(p), -1)
-                size = .2 * math.sqrt(max(matrix.shape))
-                update = orthogonalise(matrix).view(p.shape).to(p.dtype)
-                p.add_(update, alpha=-group["lr"] * size)
+                if p.grad is not None:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    matrix = p.grad.lerp(buffer, group["momentum"]).reshape(len(p), -1)
+                    alike[matrix.shape].append((p, matrix))
+            for shape, held in alike.items():
+                updates = orthogonalise(torch.stack([matrix for _, matrix in held]), self.dtype)
+                for (p, _), update in zip(held, updates):
+                    p.add_(update.reshape(p.shape).to(p.dtype),
+                           alpha=-group["lr"] * .2 * math.sqrt(max(shape)))
 
 
-def orthogonalise(matrix, steps=5):
-    """Nearest semi-orthogonal matrix, roughly: Newton-Schulz. (rows, columns) -> same.
-
-    Every iterate is p(G) X for a polynomial p of the small Gram matrix G = X X^T, so the steps
-    work on G alone and the wide X is multiplied twice in all.
-    """
+def orthogonalise(matrices, dtype=None, steps=5):
+    """Nearest semi-orthogonal matrices, roughly: Newton-Schulz. (n, rows, columns) -> same."""
     a, b, c = 3.4445, -4.7750, 2.0315     # a quintic that pulls singular values to about 1
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / (x.norm() + 1e-7)
-    gram = x @ x.T                                  # of the current iterate p x
-    for k in range(steps):
-        q = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        q.diagonal().add_(a)                        # q = a I + b G + c G^2
-        p = q @ p if k else q
-        if k < steps - 1:
-            gram = q @ gram @ q
-    return p @ x if matrix.shape[0] <= matrix.shape[1] else (p @ x).T
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).to(dtype or matrices.dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        q = b * gram + c * (gram @ gram)
+        q.diagonal(dim1=1, dim2=2).add_(a)                      # q = a I + b G + c G^2
+        x = q @ x
+    return x if wide else x.mT
 
 
-def make_optimisers(model, kind, lr, betas=(.9, .99), muon=2.0):
+def make_optimisers(model, kind, lr, betas=(.9, .99), muon=2.0, dtype=None):
     """The optimisers of a model: [Adam], or [Muon, Adam] with Muon on its hidden kernels.
 
     Hidden: matrices and convolutions with at least 32 channels on both sides, unless their name
-    begins with one in `model.adam_only`. Muon's rate is `muon` times Adam's.
+    begins with one in `model.adam_only`. Muon's rate is `muon` times Adam's, `dtype` its own.
     """
     hidden, rest = [], []
     skip = getattr(model, "adam_only", ())
@@ -68,7 +69,7 @@ def make_optimisers(model, kind, lr, betas=(.9, .99), muon=2.0):
         (hidden if is_hidden else rest).append(p)
     chosen = [torch.optim.Adam(rest, lr=lr, betas=betas)]
     if hidden:
-        chosen.insert(0, Muon(hidden, lr=muon * lr))
+        chosen.insert(0, Muon(hidden, lr=muon * lr, dtype=dtype))
     for optimiser in chosen:
         for group in optimiser.param_groups:
             group["base_lr"] = group["lr"]

@@ -82,7 +82,7 @@ def arguments(argv):
         raise media.UserError("--text-encoder clip and --clip FOLDER belong together")
     args.name = NAMES[args.driver, args.target]
     args.out = args.out or f"runs/{'diffusion' if args.name == 'motion' else args.name}"
-    training.settle(args, RECIPES[args.preset], minutes=40.0)
+    training.settle(args, RECIPES[args.preset], minutes=70.0)
     if args.clips < 1:
         raise media.UserError("--clips must be above zero")
     curves.check_compare(args.compare, "diffusion")
@@ -105,6 +105,19 @@ def point_weights(landmarks):
     return weight.expand(len(landmarks), -1, -1, -1)
 
 
+@functools.lru_cache(1)
+def open_vae(path):
+    return training.load_model(vaes.VAE, vaes.VAEConfig, path)[0].to(
+        memory_format=torch.channels_last)
+
+
+def make_encoded(k, make, path, dtype):
+    """Clip k with its motion in the place of x_m: E_M runs in the processes that render."""
+    item, cpu = make(k), torch.device("cpu")
+    with training.autocast(cpu, dtype):
+        return item | {"motion": data.encode_motion(open_vae(path), item.pop("x_m"), cpu)}
+
+
 class Motions:
     """Encoded clips: motion (N, 3, h, w) in fp16, pose (N, 3), speech (N, d_s), or instructions.
     `mean` and `std` of the latents, (3, 1, 1), come from the first clips. With `points`, motion
@@ -118,7 +131,8 @@ class Motions:
     def fill(self, items):
         """Encode what `data.toy_motion` and the like give, and keep it."""
         for item in items:
-            motion = self.encode(item["landmarks"], item.pop("x_m", None))
+            x_m = item.pop("x_m", None)
+            motion = item["motion"] if "motion" in item else self.encode(item["landmarks"], x_m)
             if "texts" in item:
                 item |= self.words(item.pop("texts"), item["said"])
             self.items.append(item | {"motion": motion.half()})
@@ -284,7 +298,7 @@ def main(argv=None):
     # ---- model, EMA, optimisers ----
     torch.manual_seed(args.seed)
     model = diffusion.MotionModel(config).to(device, precision)
-    optimisers = optim.make_optimisers(model, args.optimiser, args.lr, recipe["betas"])
+    optimisers = optim.make_optimisers(model, args.optimiser, args.lr, recipe["betas"], dtype=dtype)
 
     # ---- start or go on ----
     statistics = {}
@@ -316,6 +330,8 @@ def main(argv=None):
         make = functools.partial(data.clip_motion, paths=paths, seed=args.seed,
                                  size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
         clips = len(paths)
+    if device.type == "cpu" and not points:
+        make = functools.partial(make_encoded, make=make, path=args.vae, dtype=dtype)
     source = data.GrowingPool(make, clips, 0, clips, args.workers)
     clip = data.open_clip(args.clip) if args.clip else None
     motions = Motions(vae, device, dtype, points, clip, **statistics)
@@ -355,7 +371,7 @@ def main(argv=None):
                    f"(read off the latents); {log.pace('frames')}")
 
     began = time.monotonic()
-    with contextlib.closing(source), training.one_thread():     # beside the processes that render
+    with contextlib.closing(source):
         motions.fill(source.grow(0))
     if processes.leads:
         tqdm.write(f"{clips} clips made and encoded in {(time.monotonic() - began) / 60:.1f} "

@@ -211,17 +211,6 @@ class Budget:
 
 
 @contextlib.contextmanager
-def one_thread():
-    """torch on one thread: two that wait for one another get nothing done among busy processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def stop_on_signals():
     """Yields a list, empty until SIGINT or SIGTERM arrives: the loop then saves and ends. Another
     signal ends at once, but not within 2 s: torchrun passes on what its processes have had too."""

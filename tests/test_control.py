@@ -11,7 +11,9 @@ import media
 import sample
 import toy
 import training
-from landmarks import head_pose, mouth_opening, point_error
+from actions import obeyed
+from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, MOUTH, NOSE, head_pose, mouth_opening,
+                       point_error)
 
 ROOT = Path(__file__).resolve().parent.parent
 FACE, SPEECH = str(ROOT / "assets" / "face.png"), str(ROOT / "assets" / "speech.wav")
@@ -33,10 +35,11 @@ def points_of(finder, path, every=3):
     return detector.find_in_crops(finder, np.stack(list(media.read_video(path))[::every]))
 
 
-def make(out, *flags, audio=None):
-    """Run sample.py on the demo's portrait; returns the video."""
+def make(out, *flags, audio=None, image=FACE):
+    """Run sample.py, on the demo's portrait if not on another; returns the video."""
     drive = ["--audio", str(audio)] if audio else []
-    sample.main(["--image", FACE, *drive, "--steps", "8", "--out", str(out), *map(str, flags)], True)
+    sample.main(["--image", str(image), *drive, "--steps", "8", "--out", str(out),
+                 *map(str, flags)], True)
     return out
 
 
@@ -111,6 +114,81 @@ def test_a_silent_video_drives_too(tmp_path, driver):
     assert media.read_sound_if_any(out) is None
 
 
+@pytest.fixture(scope="module")
+def dubbed(tmp_path_factory, driver):
+    """A toy's first frame as a picture, and another toy that says something, with its sound."""
+    path = tmp_path_factory.mktemp("dubbed")
+    media.write_image(path / "a.png", driver[1].frame(0))
+    voice = toy.make_clip(21, 1.6, held_out=True)
+    media.write_sound(path / "b.wav", voice.sound)
+    return path / "a.png", path / "b.wav", voice
+
+
+def held_off(finder, out, framed, *regions):
+    """Mean distance in px of the found points of some regions from those of a video."""
+    found = points_of(finder, out, 1)
+    at = np.concatenate([np.arange(70)[region] for region in regions])
+    return np.sqrt(((found - framed)[:, at] ** 2).sum(-1)).mean(), found
+
+
+def test_dubbing_keeps_the_face_and_takes_the_lips(tmp_path, finder, driver, dubbed):
+    """--keep-from: eyes, brows and nose stay within 1.3 px of the video's, the mouth follows the
+    new voice and not the old one."""
+    image, voice, clip = dubbed
+    out = make(tmp_path / "a.mp4", "--keep-from", driver[0], audio=voice, image=image)
+    framed = control.watch(driver[0], "toy", finder, 128)
+    off, found = held_off(finder, out, framed, BROWS, NOSE, EYE_LEFT, EYE_RIGHT)
+    assert off < 1.3
+    new, old = (np.corrcoef(mouth_opening(found), mouth_opening(c.landmarks))[0, 1]
+                for c in (clip, driver[1]))
+    assert new > .6 and new > old + .2
+
+
+def test_other_parts_can_be_made_instead(tmp_path, finder, driver, dubbed):
+    """--edit eyes: the mouth is the video's, the eyes are not."""
+    image, voice, _ = dubbed
+    out = make(tmp_path / "a.mp4", "--keep-from", driver[0], "--edit", "eyes", audio=voice,
+               image=image)
+    framed = control.watch(driver[0], "toy", finder, 128)
+    lips, found = held_off(finder, out, framed, MOUTH)
+    eyes, _ = held_off(finder, out, framed, IRISES)
+    assert lips < 1.3 and eyes > lips
+    assert np.corrcoef(mouth_opening(found), mouth_opening(driver[1].landmarks))[0, 1] > .8
+
+
+def test_a_head_does_what_it_is_told(tmp_path, finder):
+    """--text: one instruction after the other is obeyed, as far as it must be, without a jump."""
+    out = make(tmp_path / "a.mp4", "--text", "please turn left", "--text", "open your mouth",
+               "--seconds", 2)
+    points = points_of(finder, out, 1)
+    assert len(points) == 100
+    assert obeyed(points[:50], "turn_left") >= 1 and obeyed(points[:50], "turn_right") < 0
+    told = np.concatenate([points[:1], points[75:]])
+    assert obeyed(told, "open_mouth", .04) >= 1 > obeyed(points[:50], "open_mouth")
+    steps = np.sqrt((np.diff(points, axis=0) ** 2).sum(-1)).mean(-1)             # px a frame
+    assert steps[49] < 3 * np.median(steps) + 1 and steps.max() < 4
+
+
+def test_words_and_a_pose_go_together(tmp_path, finder):
+    """--text with --pose: a mouth that opens in a head that is turned."""
+    out = make(tmp_path / "a.mp4", "--text", "open your mouth", "--pose", 0, -15, 0, "--seconds", 2)
+    points = points_of(finder, out, 1)
+    assert head_pose(points[30:])[:, 1].mean() < -8 and obeyed(points, "open_mouth") >= 1
+
+
+def test_words_nobody_knows_give_a_plausible_motion(tmp_path, finder):
+    """The head stays one: no point further from the first frame's than a head can turn."""
+    points = points_of(finder, make(tmp_path / "a.mp4", "--text", "xyzzy ☃ 42", "--seconds", 1), 1)
+    assert np.isfinite(points).all() and point_error(points, points[:1]).max() < 25
+
+
+def test_guidance_scales_what_the_voice_does(tmp_path, finder, voice):
+    """Without the voice (0) the mouth moves less than with it (1), and most with twice its weight."""
+    moved = [np.ptp(mouth_opening(points_of(finder, make(tmp_path / f"{w}.mp4", "--guidance", w,
+                                                         audio=voice), 1))) for w in (0, 1, 2)]
+    assert moved[0] < .8 * moved[1] and moved[1] < moved[2]
+
+
 def test_a_track_is_played_back_and_forth(capfd):
     """Three frames for eight: 0 1 2 1 0 1 2 1; one frame stays; a longer one is cut."""
     track = np.arange(3)[:, None]
@@ -141,7 +219,13 @@ def test_broken_tracks_take_one_line(tmp_path, text, named):
     (["--audio", SPEECH, "--relative"], "--relative"), (["--audio", SPEECH, "--guidance", "-1"], "guid"),
     (["--audio", SPEECH, "--drive", "a.mp4"], "not allowed"), ([], "required"),
     (["--drive", "none.mp4"], "none.mp4"), (["--drive", SPEECH], "speech.wav"),
-    (["--drive", FACE, "--pose", "still"], "--drive"), (["--drive", FACE, "--guidance", "2"], "--drive")])
+    (["--drive", FACE, "--pose", "still"], "--drive"), (["--drive", FACE, "--guidance", "2"], "--drive"),
+    (["--text", "smile", "--keep-from", "a.mp4"], "--keep-from"), (["--text", " "], "--text is empty"),
+    (["--text", "smile", "--pose", "predict"], "--pose predict"),
+    (["--text", "smile", "--seconds", "0"], "--seconds"), (["--audio", SPEECH, "--seconds", "2"], "--seconds"),
+    (["--audio", SPEECH, "--edit", "eyes"], "--edit"), (["--audio", SPEECH, "--keep-from", "none.mp4"], "none"),
+    (["--audio", SPEECH, "--keep-from", "a.mp4", "--pose", "still"], "--keep-from"),
+    (["--text", "smile", "--clip", "nowhere"], "--clip")])
 def test_flags_that_make_no_sense_together(tmp_path, flags, named):
     """One line that names the flag; nothing is written."""
     with pytest.raises(media.UserError, match=named):
