@@ -178,7 +178,7 @@ def show(run, rows, shares=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)):
 
 
 def main(argv=None):
-    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p = media.ArgumentParser(__doc__)
     p.add_argument("path", help="a `make train` folder, or a thin file")
     p.add_argument("--out", help="thin file to write")
     args = p.parse_args(argv)

@@ -115,12 +115,12 @@ def check_size(path, frame, size):
 
 # ---- motion, for the diffusion model -------------------------------------------------------------
 
-@torch.no_grad()
 def draw_all(points, size):
     """x_m of every frame: (N, 70, 2) -> (N, size, size, 3) uint8."""
     return np.stack([draw(p, size) for p in points])
 
 
+@torch.no_grad()
 def encode_motion(vae, x_m, device):
     """Posterior means of z^m (sec. 4.2). x_m (N, H, W, 3) uint8 -> (N, 3, h_m, w_m) on the CPU."""
     parts = np.array_split(x_m, max(1, len(x_m) // 16))
@@ -292,7 +292,7 @@ def _write_index(path, index):
 
 
 def main(argv=None):
-    parser = media.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = media.ArgumentParser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     made = kinds.add_parser("toy", help="write rendered Toy Heads as clips")
     made.add_argument("--clips", type=int, default=2000, help="how many")

@@ -353,7 +353,7 @@ def loss_terms(model, pictures, points, counts, face):
 
 
 def arguments(argv):
-    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p = media.ArgumentParser(__doc__)
     p.add_argument("--identities", type=int, default=1500, help="rendered heads, six pictures each")
     training.add_arguments(p, "runs/detector", "render")
     args = p.parse_args(argv)

@@ -342,9 +342,9 @@ def show_about(args, plan, began):
 
 
 def main(argv=None):
-    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p = media.ArgumentParser(__doc__)
     p.add_argument("table", nargs="?", choices=("control", "samplers"), help="these instead")
-    sample.add_arguments(p)
+    sample.add_arguments(p, p)
     p.add_argument("--json", metavar="FILE", help="write the numbers, by name")
     p.add_argument("--sheet", metavar="PNG", help="draw 32 held-out heads beside their truth")
     p.add_argument("--quick", action="store_true", help="fewer clips, about a minute")

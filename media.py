@@ -36,7 +36,15 @@ class TooLarge(UserError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors take the house's form: one line, no usage text, exit status 2."""
+    """argparse whose errors take the house's form: one line, no usage text, exit status 2. `doc`
+    is a script's docstring: its first line says what the script is for, its commands are examples.
+    """
+
+    def __init__(self, doc="", **more):
+        examples = [line for line in doc.split("\n") if line.startswith(("    python", "    torchrun"))]
+        super().__init__(description=doc.split("\n")[0], epilog=examples and
+                         "\n".join(["examples:", *examples]),
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")

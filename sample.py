@@ -1,10 +1,10 @@
 """One portrait and one voice in, a talking video out.
 
     python sample.py --image assets/face.png --audio assets/speech.wav --out out.mp4
-    python sample.py --image assets/face.png --audio assets/speech.wav --pose 0 15 0
-    python sample.py --image assets/face.png --drive out.mp4 --relative --out driven.mp4
-    python sample.py --image assets/face.png --audio speech.wav --keep-from out.mp4
-    python sample.py --image assets/face.png --text "please smile" --text "turn left" --out told.mp4
+    python sample.py --image assets/face.png --audio assets/speech.wav --pose 0 15 0 --out b.mp4
+    python sample.py --image assets/face.png --drive out.mp4 --relative --out c.mp4
+    python sample.py --image assets/face.png --audio assets/speech.wav --keep-from b.mp4 --out d.mp4
+    python sample.py --image assets/face.png --text "please smile" --text "turn left" --out e.mp4
 
     1. find the face, cut it out as the training pictures were cut       detector, landmarks
     2. z^a and z^m of the portrait                                       E_A, E_M of eq. 1
@@ -124,20 +124,20 @@ def solver_steps(text):
     return int(text)
 
 
-def add_arguments(p):
-    """The flags that sample.py and evaluate.py share: which models, and how they are asked."""
+def add_arguments(p, steer):
+    """The flags that sample.py and evaluate.py share: which models, how they are asked, the pose."""
     p.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
     p.add_argument("--wav2vec2", metavar="FILE", help="wav2vec 2.0's weights")
     p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
     p.add_argument("--steps", type=solver_steps, default=20, help="of the solver")
-    p.add_argument("--pose", nargs="+", default=["free"], metavar="HOW", help="head poses: free "
-                   "(left to the model, the default), predict (from P), still (the portrait's), or "
-                   "three numbers PITCH YAW ROLL in degrees")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    steer.add_argument("--pose", nargs="+", default=["free"], metavar="HOW", help="head poses: free "
+                       "(left to the model, the default), predict (from P), still (the "
+                       "portrait's), or three numbers PITCH YAW ROLL in degrees")
 
 
 def arguments(argv):
-    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p = media.ArgumentParser(__doc__)
     io = p.add_argument_group("in and out")
     io.add_argument("--image", required=True, help="portrait: any picture")
     drivers = io.add_mutually_exclusive_group(required=True)
@@ -149,10 +149,9 @@ def arguments(argv):
     io.add_argument("--sheet", metavar="PNG", help="also draw 16 of its frames as one picture")
     io.add_argument("--detector", choices=("auto", "toy", "mediapipe"), default="auto",
                     help="what finds faces: ours, or mediapipe's face mesh")
-    how = p.add_argument_group("how")
-    add_arguments(how)
+    how, steer = p.add_argument_group("how"), p.add_argument_group("control")
+    add_arguments(how, steer)
     how.add_argument("--seed", type=int, default=0, help="another seed moves differently")
-    steer = p.add_argument_group("control")
     steer.add_argument("--pose-from", metavar="FILE", help="head poses of a video, or of a CSV "
                          "with a line `pitch,yaw,roll` a frame")
     steer.add_argument("--relative", action="store_true", help="with --drive: its motion since "

@@ -339,7 +339,7 @@ def in_parallel(make, items, workers, what):
 # ---- command line --------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = media.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = media.ArgumentParser(__doc__)
     parser.add_argument("--seed", type=int, default=3, help="which head")
     parser.add_argument("--seconds", type=float, default=6, help="length of the clip")
     parser.add_argument("--size", type=int, default=128, help="side of the picture in pixels")

@@ -57,7 +57,7 @@ COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
 def arguments(argv):
-    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p = media.ArgumentParser(__doc__)
     what = p.add_argument_group("what to train, on what")
     what.add_argument("--preset", choices=diffusion.PRESETS, default="toy", help="size")
     what.add_argument("--vae", default=training.SHIPPED / "vae.pt", help="default: the shipped")

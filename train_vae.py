@@ -49,7 +49,7 @@ COLUMNS = ["loss", "l1", "perceptual", "kl", "adversary", "discriminator", "real
 
 
 def arguments(argv):
-    p = media.ArgumentParser(description=__doc__.split("\n")[0])
+    p = media.ArgumentParser(__doc__)
     what = p.add_argument_group("what to train, on what")
     what.add_argument("--preset", choices=vaes.PRESETS, default="toy", help="size of the model")
     what.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")

@@ -439,7 +439,7 @@ def _resample(wave, rate):
 
 
 def main(argv=None):
-    parser = media.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = media.ArgumentParser(__doc__)
     parser.add_argument("--seed", type=int, default=3, help="which voice and phonemes")
     parser.add_argument("--seconds", type=float, default=4, help="length")
     parser.add_argument("--say", metavar="TEXT", help="speak a sentence (needs espeak-ng)")

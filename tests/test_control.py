@@ -1,4 +1,5 @@
 """Ways to steer: poses, another video, guidance, each by its effect on what is made."""
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,19 @@ def test_a_face_that_is_lost_stays_where_it_was(finder):
     frames[5:10] = noise[5:10]
     with pytest.raises(media.UserError, match="a.mp4: no face in 5 of 12 frames"):
         detector.follow(frames, "a.mp4", "toy", finder)
+
+
+def test_the_examples_of_help_can_be_pasted(capsys):
+    """Each is a command that sample.py takes, and what it reads is there or made by one before."""
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    told = capsys.readouterr().out
+    examples = [shlex.split(line)[2:] for line in told.split("examples:")[1].splitlines() if line]
+    made = set()
+    for flags in examples:
+        args = sample.arguments(flags)
+        for path in filter(None, (args.image, args.audio, args.drive, args.keep_from)):
+            assert path in made or (ROOT / path).is_file(), path
+        assert args.out not in made
+        made.add(args.out)
+    assert len(examples) >= 5 and all(group in told for group in ("in and out:", "how:", "control:"))
