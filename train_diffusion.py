@@ -2,8 +2,8 @@
 
     python train_diffusion.py                            the toy preset, the shipped VAE
     python train_diffusion.py --vae runs/vae/vae.pt --minutes 60
-    python train_diffusion.py --driver text              instructions for speech (appendix E)
-    python train_diffusion.py --target landmarks         points for latents (D.2)
+    python train_diffusion.py --driver text --init checkpoints/toy/motion.pt         words (E)
+    python train_diffusion.py --target landmarks --init checkpoints/toy/motion.pt    points (D.2)
     torchrun --nproc_per_node 8 train_diffusion.py --preset small --vae v.pt --data clips
 
 Clips are made and encoded by E_M before the first step, because two cores do one thing at a time
@@ -304,8 +304,13 @@ def main(argv=None):
     statistics = {}
     if args.init:
         start, told = training.load_model(diffusion.MotionModel, diffusion.MotionConfig, args.init)
-        training.load_weights(model, start.state_dict(), args.init)
-        if told.get("vae") == vae_is:
+        alike = (start.config.driver, start.config.target) == (config.driver, config.target)
+        own, given = model.state_dict(), start.state_dict()
+        if not alike:                               # what S knows of heads serves other drivers too
+            given = own | {name: value for name, value in given.items()
+                           if name in own and own[name].shape == value.shape}
+        training.load_weights(model, given, args.init)
+        if alike and told.get("vae") == vae_is:
             statistics = {name: torch.tensor(told[name]) for name in ("mean", "std")}
     ema = optim.Ema(model, .998)
     step, spent, held = training.resume(

@@ -11,6 +11,7 @@ import detector
 import media
 import sample
 import toy
+import train_diffusion
 import training
 from actions import obeyed
 from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, MOUTH, NOSE, head_pose, mouth_opening,
@@ -245,6 +246,22 @@ def test_a_face_that_is_lost_stays_where_it_was(finder):
     frames[5:10] = noise[5:10]
     with pytest.raises(media.UserError, match="a.mp4: no face in 5 of 12 frames"):
         detector.follow(frames, "a.mp4", "toy", finder)
+
+
+@pytest.mark.parametrize("flags, name, width", [
+    (["--driver", "text"], "text", 128), (["--target", "landmarks"], "landmarks", 320)])
+def test_words_and_points_are_learnt_from_what_s_knows(tmp_path, flags, name, width):
+    """Two steps from the motion model's weights: those that fit are taken, the others are new, and
+    the file that sample.py looks for is written."""
+    before = training.load(training.SHIPPED / "motion.pt")["weights"]
+    train_diffusion.main([*flags, "--init", str(training.SHIPPED / "motion.pt"), "--clips", "2",
+                          "--steps", "2", "--batch", "2", "--workers", "0", "--out", str(tmp_path)])
+    after = training.load(tmp_path / f"{name}.pt")["weights"]
+    inner = "conformer.blocks.1.first.1.weight"
+    assert 0 < (after[inner] - before[inner]).abs().max() < .02 < before[inner].std()
+    assert after["speech_encoder.door.weight"].shape == (192, width)
+    assert after["out.weight"].shape[0] == (140 if name == "landmarks" else 768)
+    assert (tmp_path / f"{name}.json").is_file()
 
 
 def test_the_examples_of_help_can_be_pasted(capsys):
