@@ -173,8 +173,9 @@ def show(run, rows, shares=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)):
             known = [r[name] for r in so_far if math.isfinite(r.get(name, math.nan))]
             return known[-1] if known else math.nan
         step, minutes, loss, measured = map(last, ("step", "minutes", "loss", RUNS[run]))
-        print(f"{run:10} step {step:6.0f}  {minutes:5.1f} min  loss {loss:7.3f}  {RUNS[run]} "
-              f"{measured:.3f}")
+        if math.isfinite(loss):                                  # else it still made its data
+            print(f"{run:10} step {step:6.0f}  {minutes:5.1f} min  loss {loss:7.3f}  {RUNS[run]} "
+                  f"{measured:.3f}")
 
 
 def main(argv=None):

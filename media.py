@@ -41,9 +41,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc="", **more):
-        examples = [line for line in doc.split("\n") if line.startswith(("    python", "    torchrun"))]
-        super().__init__(description=doc.split("\n")[0], epilog=examples and
-                         "\n".join(["examples:", *examples]),
+        first, *lines = doc.split("\n")
+        examples = [line for line in lines if line.startswith(("    python", "    torchrun"))]
+        super().__init__(description=first, epilog="\n".join(["examples:", *examples]),
                          formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):

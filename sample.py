@@ -125,15 +125,15 @@ def solver_steps(text):
 
 
 def add_arguments(p, steer):
-    """The flags that sample.py and evaluate.py share: which models, how they are asked, the pose."""
+    """The flags that sample.py and evaluate.py share: which models, how they sample, the pose."""
     p.add_argument("--checkpoint", default=training.SHIPPED, help="folder of weights")
     p.add_argument("--wav2vec2", metavar="FILE", help="wav2vec 2.0's weights")
     p.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpmpp_2m")
     p.add_argument("--steps", type=solver_steps, default=20, help="of the solver")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    steer.add_argument("--pose", nargs="+", default=["free"], metavar="HOW", help="head poses: free "
-                       "(left to the model, the default), predict (from P), still (the "
-                       "portrait's), or three numbers PITCH YAW ROLL in degrees")
+    steer.add_argument("--pose", nargs="+", default=["free"], metavar="HOW",
+                       help="head poses: free (left to the model, the default), predict (from "
+                       "P), still (the portrait's), or three numbers PITCH YAW ROLL in degrees")
 
 
 def arguments(argv):

@@ -213,7 +213,6 @@ class Unseen:
                                        for c in clips])
         motion = [motions.encode(c.landmarks, data.draw_all(c.landmarks, size)) for c in clips]
         self.motion = torch.stack([motions.normalise(z) for z in motion])        # (8, N, 3, h, w)
-        self.pose = torch.tensor(np.stack([c.pose[0] for c in clips]))
         portraits = media.to_float(np.stack([c.frame(0) for c in clips])).to(device)
         with torch.no_grad():
             self.z_a = vae.encode_appearance(portraits)[0]
@@ -224,15 +223,13 @@ class Unseen:
     def speak(self, model):
         """Motion of all, (8, N, 3, h, w), and two numbers: the mean lip correlation and the gain;
         or the share of instructions obeyed, and how far, over the truth's."""
-        pose = None
         if self.told:
             said = vectors(self.told, getattr(model, "text_encoder", None), self.motions.clip)
             speech = said[:, None].expand(-1, self.motion.shape[1], -1).to(self.device)
         else:
             speech = self.speech.to(self.device)
-            pose = diffusion.predict_pose(model, speech, self.pose.to(self.device))
-        windows = diffusion.sample_motion(model, speech, self.motion[:, 0].to(self.device), pose,
-                                          list(range(len(speech))))
+        windows = diffusion.sample_motion(model, speech, self.motion[:, 0].to(self.device),
+                                          seeds=list(range(len(speech))))
         made = torch.cat(list(windows), 1).cpu()
         points = self.points(made)
         if self.told:
@@ -269,7 +266,7 @@ class Unseen:
 
 def read_points(motions):
     """Least squares from a latent to the 70 points, a ruler for the curve only: (D + 1, 140)."""
-    items = motions.items[:MEASURED]
+    items = [item for item in motions.items if not item["steered"]][:3 * MEASURED]
     z = torch.cat([motions.normalise(item["motion"]).flatten(1) for item in items])
     z = torch.cat([z, torch.ones(len(z), 1)], 1).double()
     points = np.concatenate([item["landmarks"] for item in items]).reshape(len(z), -1)

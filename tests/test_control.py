@@ -20,6 +20,10 @@ from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, MOUTH, NOSE, head_pos
 ROOT = Path(__file__).resolve().parent.parent
 FACE, SPEECH = str(ROOT / "assets" / "face.png"), str(ROOT / "assets" / "speech.wav")
 
+def needs(name):
+    """Skips what the repository has no weights for yet."""
+    return pytest.mark.skipif(not (training.SHIPPED / name).is_file(), reason=f"no {name} ships yet")
+
 
 @pytest.fixture(scope="module")
 def finder():
@@ -133,6 +137,7 @@ def held_off(finder, out, framed, *regions):
     return np.sqrt(((found - framed)[:, at] ** 2).sum(-1)).mean(), found
 
 
+@needs("landmarks.pt")
 def test_dubbing_keeps_the_face_and_takes_the_lips(tmp_path, finder, driver, dubbed):
     """--keep-from: eyes, brows and nose stay within 1.3 px of the video's, the mouth follows the
     new voice and not the old one."""
@@ -146,6 +151,7 @@ def test_dubbing_keeps_the_face_and_takes_the_lips(tmp_path, finder, driver, dub
     assert new > .6 and new > old + .2
 
 
+@needs("landmarks.pt")
 def test_other_parts_can_be_made_instead(tmp_path, finder, driver, dubbed):
     """--edit eyes: the mouth is the video's, the eyes are not."""
     image, voice, _ = dubbed
@@ -158,6 +164,7 @@ def test_other_parts_can_be_made_instead(tmp_path, finder, driver, dubbed):
     assert np.corrcoef(mouth_opening(found), mouth_opening(driver[1].landmarks))[0, 1] > .8
 
 
+@needs("text.pt")
 def test_a_head_does_what_it_is_told(tmp_path, finder):
     """--text: one instruction after the other is obeyed, as far as it must be, without a jump."""
     out = make(tmp_path / "a.mp4", "--text", "please turn left", "--text", "open your mouth",
@@ -171,6 +178,7 @@ def test_a_head_does_what_it_is_told(tmp_path, finder):
     assert steps[49] < 3 * np.median(steps) + 1 and steps.max() < 4
 
 
+@needs("text.pt")
 def test_words_and_a_pose_go_together(tmp_path, finder):
     """--text with --pose: a mouth that opens in a head that is turned."""
     out = make(tmp_path / "a.mp4", "--text", "open your mouth", "--pose", 0, -15, 0, "--seconds", 2)
@@ -178,6 +186,7 @@ def test_words_and_a_pose_go_together(tmp_path, finder):
     assert head_pose(points[30:])[:, 1].mean() < -8 and obeyed(points, "open_mouth") >= 1
 
 
+@needs("text.pt")
 def test_words_nobody_knows_give_a_plausible_motion(tmp_path, finder):
     """The head stays one: no point further from the first frame's than a head can turn."""
     points = points_of(finder, make(tmp_path / "a.mp4", "--text", "xyzzy ☃ 42", "--seconds", 1), 1)
@@ -185,10 +194,12 @@ def test_words_nobody_knows_give_a_plausible_motion(tmp_path, finder):
 
 
 def test_guidance_scales_what_the_voice_does(tmp_path, finder, voice):
-    """Without the voice (0) the mouth moves less than with it (1), and most with twice its weight."""
-    moved = [np.ptp(mouth_opening(points_of(finder, make(tmp_path / f"{w}.mp4", "--guidance", w,
-                                                         audio=voice), 1))) for w in (0, 1, 2)]
-    assert moved[0] < .8 * moved[1] and moved[1] < moved[2]
+    """Without the voice (0) the mouth does something else than with it (1); with twice its weight it
+    does the same, and more of it."""
+    without, plain, twice = (mouth_opening(points_of(finder, make(
+        tmp_path / f"{w}.mp4", "--guidance", w, audio=voice), 1)) for w in (0, 1, 2))
+    alike, other = (np.corrcoef(plain, track)[0, 1] for track in (twice, without))
+    assert alike > .8 and alike > other + .3 and twice.std() > plain.std()
 
 
 def test_a_track_is_played_back_and_forth(capfd):
@@ -227,7 +238,7 @@ def test_broken_tracks_take_one_line(tmp_path, text, named):
     (["--text", "smile", "--seconds", "0"], "--seconds"), (["--audio", SPEECH, "--seconds", "2"], "--seconds"),
     (["--audio", SPEECH, "--edit", "eyes"], "--edit"), (["--audio", SPEECH, "--keep-from", "none.mp4"], "none"),
     (["--audio", SPEECH, "--keep-from", "a.mp4", "--pose", "still"], "--keep-from"),
-    (["--text", "smile", "--clip", "nowhere"], "--clip")])
+    (["--text", "smile", "--pose-from", "none.csv", "--pose", "still"], "--pose-from")])
 def test_flags_that_make_no_sense_together(tmp_path, flags, named):
     """One line that names the flag; nothing is written."""
     with pytest.raises(media.UserError, match=named):
