@@ -11,8 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 import media
-from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, eye_opening, fit, head_pose,
-                       mouth_opening, unturned)
+from landmarks import BROWS, IRISES, eye_opening, fit, head_pose, mouth_opening, unturned
 
 # action: (wordings to train on, wordings held out, {column of pose or expression: target})
 INSTRUCTIONS = {

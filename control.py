@@ -21,7 +21,7 @@ import detector as detectors
 import diffusion
 import media
 from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, JAW, MOUTH, NOSE, POINTS, crop_box,
-                       head_pose)
+                       head_pose, turned)
 from text import vectors
 
 PARTS = {"jaw": (JAW,), "brows": (BROWS,), "nose": (NOSE,), "eyes": (EYE_LEFT, EYE_RIGHT, IRISES),
@@ -59,6 +59,7 @@ def refuse(args):
             (args.keep_from and not args.audio, "--keep-from wants --audio, which moves the lips"),
             (args.keep_from and posed, "--keep-from brings poses; leave --pose, --pose-from out"),
             (args.edit and not args.keep_from, "--edit belongs to --keep-from"),
+            (args.clip and not args.text, "--clip belongs to --text"),
             (args.seconds is not None and not args.text, "--seconds belongs to --text"),
             (args.seconds is not None and not .2 <= args.seconds <= 600,
              f"--seconds {args.seconds}: wants 0.2 to 600"),
@@ -145,25 +146,49 @@ def encode_points(models, points):
 # ---- dubbing and words ---------------------------------------------------------------------------
 
 @torch.inference_mode()
+def make_points(models, keeper, speech, points, pose, args, held=None):
+    """Points from speech, by the model over landmarks (D.2), window by window: (n, 70, 2) px.
+
+    points (70, 2) px of the portrait, pose (N, 3) degrees; held: (points (N, 70, 2) px, which of
+    the 70 stay as they are there (70,) bool), or None.
+    """
+    def normalised(points):
+        p = torch.as_tensor(points, device=models.device).mT[..., None] / size       # (N, 2, 70, 1)
+        return (p - keeper.mean) / keeper.std
+    size = models.vae.config.size
+    if held:
+        known, which = normalised(held[0])[None], held[1].to(models.device)
+        held = known, which.view(POINTS, 1).expand(known.shape)
+    for window in diffusion.sample_motion(
+            keeper.motion, speech[None], normalised(points[None]), pose[None], [args.seed],
+            args.sampler, args.steps, guidance=args.guidance, held=held):
+        yield ((window[0] * keeper.std + keeper.mean)[..., 0].mT * size).cpu().numpy()
+
+
 def keep(models, keeper, speech, points, video, edit, args):
     """Dub a face (D.2): the parts named by `edit` are made from the speech, the other points are
-    held to the video's. points (70, 2), video (N, 70, 2) px. -> (n, 3, h_m, w_m), normalised."""
-    size, free = models.vae.config.size, torch.zeros(POINTS, dtype=torch.bool)
+    held to the video's (N, 70, 2) px. -> (n, 3, h_m, w_m), normalised."""
+    held = torch.ones(POINTS, dtype=torch.bool)
     for part in edit:
         for region in PARTS[part]:
-            free[region] = True
+            held[region] = False
+    pose = torch.tensor(head_pose(video), device=models.device)
+    for made in make_points(models, keeper, speech, points, pose, args, (video, held)):
+        yield from encode_points(models, made)
 
-    def normalised(points):
-        p = torch.tensor(points, device=models.device).mT[..., None] / size         # (N, 2, 70, 1)
-        return (p - keeper.mean) / keeper.std
-    known = normalised(video)[None]
-    held = ~free.to(models.device).view(POINTS, 1).expand(known.shape)
-    pose = torch.tensor(head_pose(video), device=models.device)[None]
-    for window in diffusion.sample_motion(
-            keeper.motion, speech[None], normalised(points[None]), pose, [args.seed], args.sampler,
-            args.steps, guidance=args.guidance, held=(known, held)):
-        made = (window[0] * keeper.std + keeper.mean)[..., 0].mT * size
-        yield from encode_points(models, made.cpu().numpy())
+
+def turn(models, keeper, speech, points, pose, args):
+    """Points from speech, turned to the very poses (N, 3) asked for. -> as `keep`.
+
+    S over latents follows a pose about half as far as it is asked to nod: in latents, which tell
+    where lines are by which cells they cross, a turn of the head is no simple thing. In points it
+    is a matrix.
+    """
+    k = 0
+    for made in make_points(models, keeper, speech, points, pose, args):
+        asked = pose[k:k + len(made)].cpu().numpy()
+        k += len(made)
+        yield from encode_points(models, turned(made, asked))
 
 
 def read_text(models, texts, seconds, clip=None):

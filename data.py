@@ -3,7 +3,8 @@
 A clip at rest is NAME.mp4 (H.264, every frame a key frame, 25 fps, with its sound) beside NAME.npz:
 landmarks (N, 70, 2), pose (N, 3), optional speech (N, d_s), text, speaker, valid (N,). A data set
 is a folder of such pairs and one index.json. Training treats both kinds alike, but for the poses
-and looks that `toy_frames` chooses; stored speech features are taken as they are.
+and looks that `toy_frames` chooses and the heads that `toy_motion` steers; stored speech features
+are taken as they are.
 
     python data.py toy --clips 2000 --out runs/toys
 

@@ -315,7 +315,7 @@ def follow(frames, name, detector="auto", model=None):
             if not tracks:
                 points, note = locate(picture, name, detector, model)
                 box, mesh = crop_box(points), None
-                if detector == "mediapipe" or note and "mediapipe" in note:
+                if detector == "mediapipe" or note and "found with mediapipe" in note:
                     mesh = stack.enter_context(face_mesh())
             elif mesh:
                 points = mediapipe_points(picture, mesh)[0]
@@ -327,6 +327,8 @@ def follow(frames, name, detector="auto", model=None):
             tracks.append(tracks[-1] if points is None else points)
             moved = np.abs(np.subtract(crop_box(tracks[-1]), box)).max() / box[2]
             box = crop_box(tracks[-1]) if moved > MOVED else box
+    if not tracks:
+        raise media.UserError(f"{name}: holds no pictures; export it again")
     if 5 * lost > len(tracks):
         raise media.UserError(f"{name}: no face in {lost} of {len(tracks)} frames; choose a video "
                               "of one frontal face")

@@ -18,6 +18,8 @@ import training
 from faces import random_identity
 from landmarks import visible
 
+TURNS = (13, 15, 10)             # spread of the poses in degrees: --pose asks for 20 and more
+
 
 def pool_item(seed, size=128):
     """One identity: six heads, four framed roughly as clips are and two far off, and two faceless.
@@ -28,7 +30,8 @@ def pool_item(seed, size=128):
         zoom = np.exp(moves.uniform(np.log(low), np.log(high)))
         room = max((1 - 1 / zoom) / 2, .06)                     # how far off the middle
         x, y = .5 / zoom - .5 + moves.uniform(-room, room, 2)
-        clip = toy.ToyClip(identity, toy.random_poses(moves, count), size=size, jitter=(x, y, zoom))
+        clip = toy.ToyClip(identity, toy.random_poses(moves, count, spread=TURNS), size=size,
+                           jitter=(x, y, zoom))
         pictures.append(clip.frames())
         points.append(clip.landmarks)
     faceless = np.stack([_body(clip.painter), _shapes(moves, size)])

@@ -33,12 +33,27 @@ EVERY = 2                                        # which frames of told heads ar
 SAID = 3.2                                       # seconds that each instruction is given
 
 
-def speak(models, finder, portrait, points, sound, pose, seeds, how, every=1, guidance=1.0):
+def speak(models, finder, portrait, points, sound, pose, seeds, solver, every=1, guidance=1.0):
     """Points of a portrait that says something: (S, n, 70, 2)."""
     speech = sample.hear(models, sound)
     asked = control.poses(models, speech, head_pose(points), pose)
-    z_a, motion = animate(models, portrait, points, speech, asked, seeds, *how, guidance=guidance)
+    z_a, motion = animate(models, portrait, points, speech, asked, seeds, *solver,
+                          guidance=guidance)
     return found_in(models, finder, z_a, motion[:, ::every])
+
+
+def turn(models, keeper, finder, portrait, points, sound, pose, solver):
+    """The same for one seed and a pose that is held, as sample.py makes it: through points."""
+    speech = sample.hear(models, sound)
+    asked = torch.tensor(pose, dtype=torch.float32).expand(len(speech), 3)
+    z_a, _ = sample.encode_portrait(models, portrait, points)
+    made = control.turn(models, keeper, speech, points, asked, settings(0, solver))
+    return found_in(models, finder, z_a, torch.cat(list(made))[None])
+
+
+def settings(seed, solver):
+    """What `control` reads of sample.py's flags."""
+    return argparse.Namespace(seed=seed, sampler=solver[0], steps=solver[1], guidance=1.0)
 
 
 def lips(tracks, clip, every=1):
@@ -50,14 +65,16 @@ def lips(tracks, clip, every=1):
 
 # ---- poses ---------------------------------------------------------------------------------------
 
-def score_poses(clips, models, finder, how, truth):
-    """truth: blinks a minute of true heads."""
-    errors, limit = [], []
+def score_poses(clips, models, keeper, finder, solver, truth):
+    """A grid of poses as sample.py makes them, through points, and as S alone over latents does.
+    truth: blinks a minute of true heads."""
+    errors, alone, limit = [], [], []
     for clip, frames in tqdm(clips[:4], "poses asked for", leave=False):
+        given = finder, frames[0], clip.landmarks[0], clip.sound[:16_000]
         for pose in TURNS:
-            found = speak(models, finder, frames[0], clip.landmarks[0], clip.sound[:16_000], pose,
-                          [0], how)
-            errors.append(np.abs(head_pose(found[0]) - pose).mean())
+            for found, rows in ((turn(models, keeper, *given, pose, solver), errors),
+                                (speak(models, *given, pose, [0], solver), alone)):
+                rows.append(np.abs(head_pose(found[0]) - pose).mean())
         face = (np.repeat(v[:1], len(TURNS), 0) for v in (clip.motion.expression, clip.motion.sway))
         turned = toy.ToyClip(clip.identity, toy.Motion(np.array(TURNS, dtype=float), *face),
                              size=SIZE, jitter=clip.jitter)
@@ -66,12 +83,13 @@ def score_poses(clips, models, finder, how, truth):
     rows = {k: [] for k in ("free", "still", "blinks")}
     for clip, frames in tqdm(clips, "still heads", leave=False):
         given = models, finder, frames[0], clip.landmarks[0], clip.sound
-        rows["free"].append(lips(speak(*given, "free", range(4), how, 4), clip, 4))
-        found = speak(*given, "still", range(4), how)
+        rows["free"].append(lips(speak(*given, "free", range(4), solver, 4), clip, 4))
+        found = speak(*given, "still", range(4), solver)
         rows["still"].append(lips(found[:, ::4], clip, 4))
         rows["blinks"].append(np.mean([blink_rate(track) for track in found]))
-    return {"pose_control_mae": score(errors, truth=np.mean(limit),
-                                      baseline=float(np.abs(TURNS).mean())),
+    floor, never = np.mean(limit), float(np.abs(TURNS).mean())
+    return {"pose_control_mae": score(errors, truth=floor, baseline=never),
+            "pose_latents_mae": score(alone, truth=floor, baseline=never),
             "lip_r_posed": score(rows["still"], truth=np.nanmean(rows["free"])),
             "blinks_still": score(rows["blinks"], truth=truth)}
 
@@ -125,7 +143,7 @@ def score_relative(plan, clips, models, finder):
 
 # ---- dubbing -------------------------------------------------------------------------------------
 
-def score_keeping(clips, models, keeper, finder, how):
+def score_keeping(clips, models, keeper, finder, solver):
     """A head's own video with another's voice: held points stay, lips follow the new voice. Beside
     how far off they are: the same where D redraws the whole video ("truth")."""
     held, rows = np.ones(POINTS, dtype=bool), {k: [] for k in ("off", "redrawn", "kept", "free")}
@@ -136,15 +154,16 @@ def score_keeping(clips, models, keeper, finder, how):
         speech = sample.hear(models, voice.sound)
         z_a, _ = sample.encode_portrait(models, portrait, points[0])
         tracks = [torch.cat(list(control.keep(
-            models, keeper, speech, points[0], points, ("mouth", "jaw"), argparse.Namespace(
-                seed=seed, sampler=how[0], steps=how[1], guidance=1.0)))) for seed in range(4)]
+            models, keeper, speech, points[0], points, ("mouth", "jaw"), settings(seed, solver))))
+            for seed in range(4)]
         found = found_in(models, finder, z_a, torch.stack(tracks)[:, ::EVERY])
         redrawn = detectors.find_in_crops(finder, redraw(models, z_a, points[::EVERY]))
         for name, track in (("off", found), ("redrawn", redrawn)):
             off = np.sqrt(((track - points[::EVERY]) ** 2).sum(-1))          # (..., n, 70)
             rows[name].append(off[..., held].mean())
         rows["kept"].append(lips(found, voice, EVERY))
-        free = speak(models, finder, portrait, points[0], voice.sound, "free", range(4), how, EVERY)
+        free = speak(models, finder, portrait, points[0], voice.sound, "free", range(4), solver,
+                     EVERY)
         rows["free"].append(lips(free, voice, EVERY))
     return {"keep_err_px": score(rows["off"], truth=np.mean(rows["redrawn"])),
             "lip_r_kept": score(rows["kept"], truth=np.nanmean(rows["free"]))}
@@ -152,10 +171,10 @@ def score_keeping(clips, models, keeper, finder, how):
 
 # ---- words ---------------------------------------------------------------------------------------
 
-def tell(models, clip, portrait, texts, seed, how, seconds=SAID):
+def tell(models, clip, portrait, texts, seed, solver, seconds=SAID):
     """Frames of a portrait that is told something: (N, 128, 128, 3)."""
     speech = control.read_text(models, texts, seconds)
-    z_a, motion = animate(models, portrait, clip.landmarks[0], speech, None, [seed], *how,
+    z_a, motion = animate(models, portrait, clip.landmarks[0], speech, None, [seed], *solver,
                           from_reference=True)
     return np.concatenate(list(sample.decode(models, z_a, motion[0])))
 
@@ -171,7 +190,7 @@ def back_again(models, frame, points, portrait, to):
     return psnr(made[outside], portrait[outside])
 
 
-def score_text(models, finder, how, heads=10):
+def score_text(models, finder, solver, heads=10):
     """Every instruction in its held-out wordings on unseen heads; "shuffled" asks of each video
     what another was told. -> numbers, {action: (obeyed, obeyed by another)}.
 
@@ -185,7 +204,7 @@ def score_text(models, finder, how, heads=10):
     for name in tqdm(names, "instructions", leave=False):
         for k, (clip, portrait) in enumerate(zip(clips, portraits)):
             words = INSTRUCTIONS[name][1][k % 2]
-            made = tell(models, clip, portrait, [words], k, how)
+            made = tell(models, clip, portrait, [words], k, solver)
             found = detectors.find_in_crops(finder, made[::EVERY])
             far[name, k] = {a: obeyed(found, a, every=EVERY) >= 1 for a in names}
             if names.index(name) < 10:
@@ -204,14 +223,14 @@ def score_text(models, finder, how, heads=10):
 
 # ---- guidance, odd portraits ---------------------------------------------------------------------
 
-def score_guidance(clips, models, finder, how):
+def score_guidance(clips, models, finder, solver):
     """{weight: (lip_r_mean8 of four seeds, lip_gain, seed_diversity)}"""
     table = {}
     for weight in tqdm(WEIGHTS, "guidance", leave=False):
         rows = []
         for clip, frames in clips:
             found = speak(models, finder, frames[0], clip.landmarks[0], clip.sound, "free",
-                          range(4), how, 4, weight)
+                          range(4), solver, 4, weight)
             opening, true = mouth_opening(found), mouth_opening(clip.landmarks)[::4]
             spread = np.sqrt((found.std(0) ** 2).sum(-1)).mean()
             gain = opening.std(1).mean() / true.std() if true.std() > LEAST_SPREAD else np.nan
@@ -238,13 +257,13 @@ def odd_portraits(clip):
     return made
 
 
-def score_odd(clips, models, finder, how):
+def score_odd(clips, models, finder, solver):
     """Lips and blinks of odd portraits over those of frontal ones; a table by kind."""
     rows = {}
     for clip, _ in tqdm(clips, "odd portraits", leave=False):
         for name, still in odd_portraits(clip).items():
             found = speak(models, finder, still.frame(0), still.landmarks[0], clip.sound, "free",
-                          range(4), how)
+                          range(4), solver)
             rows.setdefault(name, []).append((lips(found, clip),
                                               np.mean([blink_rate(track) for track in found])))
     table = {name: tuple(float(v) for v in np.nanmean(r, 0)) for name, r in rows.items()}
@@ -256,18 +275,19 @@ def score_odd(clips, models, finder, how):
 
 # ---- all of it -----------------------------------------------------------------------------------
 
-def score_all(plan, clips, models, finder, how, others):
+def score_all(plan, clips, models, finder, solver, others):
     """Every number and table. others: the models of "landmarks" and "text"."""
     some = clips[:max(2, plan.seeded_clips // 2)]
     truth = np.mean([blink_rate(clip.landmarks) for clip, _ in clips])
-    numbers = score_poses(clips[:plan.seeded_clips], models, finder, how, truth)
+    numbers = score_poses(clips[:plan.seeded_clips], models, others["landmarks"], finder, solver,
+                          truth)
     numbers |= score_cross(plan, clips, models, finder)
     numbers |= score_relative(plan, clips, models, finder)
-    numbers |= score_keeping(some, models, others["landmarks"], finder, how)
-    told, by_word = score_text(others["text"], finder, how)
-    odd, by_portrait = score_odd(some, models, finder, how)
+    numbers |= score_keeping(some, models, others["landmarks"], finder, solver)
+    told, by_word = score_text(others["text"], finder, solver)
+    odd, by_portrait = score_odd(some, models, finder, solver)
     return numbers | told | odd, {
         "instructions (obeyed, obeyed when told something else)": by_word,
         "guidance (lip_r_mean8, lip_gain, seed_diversity)":
-            {str(w): row for w, row in score_guidance(some, models, finder, how).items()},
+            {str(w): row for w, row in score_guidance(some, models, finder, solver).items()},
         "portraits (lip_r_mean8, blinks a minute)": by_portrait}

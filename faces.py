@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ImageColor
 
-from landmarks import EYE_LEFT, EYE_RIGHT, MEAN_FACE, NOSE, crop_box, rotation
+from landmarks import EYE_LEFT, EYE_RIGHT, MEAN_FACE, NECK, NOSE, crop_box, rotation
 
 EXPRESSION = ("jaw", "width", "round", "upper", "smile", "brow_left", "brow_right",
               "lid_left", "lid_right", "gaze_x", "gaze_y")
 NEUTRAL = np.array([0, .5, 0, 0, .1, 0, 0, 1, 1, 0, 0], dtype=np.float32)
 SCALE = 3                                     # drawn this much larger, then averaged
-PIVOT = np.array([0, -.45, -.45])             # the point in the neck around which a head turns
 SKULL_CENTRE, SKULL = np.array([0, .28, -.3]), np.array([1.0, 1.1, .72])
 IRIS = .088                                   # radius
 
@@ -179,7 +178,7 @@ class View:
 
     def _flat(self, points):
         """(V, 3) rigid or (N, V, 3) moving points -> (N, V, 2), y up."""
-        return ((points - PIVOT) @ np.swapaxes(self.turn, -1, -2) + PIVOT)[..., :2] + self.shift
+        return ((points - NECK) @ np.swapaxes(self.turn, -1, -2) + NECK)[..., :2] + self.shift
 
     def pixels(self, points):
         """Points on the head -> pixels, (N, V, 2); pixel centres are at whole numbers."""

@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 POINTS = 70
 JAW, BROWS, NOSE = slice(0, 17), slice(17, 27), slice(27, 36)
 EYE_LEFT, EYE_RIGHT, MOUTH, IRISES = slice(36, 42), slice(42, 48), slice(48, 68), slice(68, 70)
-INNER_LIPS = slice(60, 68)
 
 # (first point, last point, closed, colour): the contours of the landmark picture x^m
 CONTOURS = (
@@ -129,6 +128,7 @@ def _mean_face():
 MEAN_FACE = _mean_face()                                        # (70, 3)
 # rigid points: no lids, lips or brows; the ends of the jaw give depth, the chin would move
 RIGID = np.array([0, 1, 2, 14, 15, 16, 27, 28, 29, 30, 31, 33, 35, 36, 39, 42, 45])
+NECK = np.array([0, -.45, -.45])                                # around it a head turns
 _CENTRED = MEAN_FACE[RIGID] - MEAN_FACE[RIGID].mean(0)
 _PSEUDO_INVERSE = np.linalg.pinv(_CENTRED)                      # (3, 17)
 
@@ -180,14 +180,24 @@ def unturned(points, scale, turn, centre):
     return np.concatenate([flat / scale[..., None, None], depth], -1) @ turn   # R^T x
 
 
+def turned(points, pose):
+    """Faces turned about the neck to other poses: (..., 70, 2) px, (..., 3) degrees -> points."""
+    scale, turn, centre = fit(points)
+    face, other = unturned(points, scale, turn, centre), rotation(pose)
+    swing = (other - turn) @ (MEAN_FACE[RIGID].mean(0) - NECK)                # of the face's middle
+    moved = (face @ np.swapaxes(other, -1, -2) + swing[..., None, :])[..., :2]
+    moved = moved * scale[..., None, None] + centre[..., None, :]
+    return (moved * (1, -1)).astype(np.float32)
+
+
 def retarget(portrait, driver):
     """Points of the portrait doing what a driver does since its first frame: its turn, shift and
     nearing, and the movement of its unturned face. (70, 2), (N, 70, 2) -> (N, 70, 2) px."""
     ours, theirs = fit(portrait), fit(driver)
     face, faces = unturned(portrait, *ours), unturned(driver, *theirs)
     (scale, turn, centre), (scales, turns, centres) = ours, theirs
-    turned = turn @ turns[0].T @ turns                                         # (N, 3, 3)
-    moved = (face + faces - faces[0]) @ np.swapaxes(turned, -1, -2)            # (N, 70, 3)
+    other = turn @ turns[0].T @ turns                                          # (N, 3, 3)
+    moved = (face + faces - faces[0]) @ np.swapaxes(other, -1, -2)            # (N, 70, 3)
     flat = moved[..., :2] * (scale * scales / scales[0])[:, None, None]
     flat += (centre + (centres - centres[0]) * scale / scales[0])[:, None]
     return (flat * (1, -1)).astype(np.float32)

@@ -43,7 +43,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, doc="", **more):
         first, *lines = doc.split("\n")
         examples = [line for line in lines if line.startswith(("    python", "    torchrun"))]
-        super().__init__(description=first, epilog="\n".join(["examples:", *examples]),
+        told = ["examples:", *examples] if examples else []
+        super().__init__(description=first, epilog="\n".join(told),
                          formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 import control
-import data
 import detector as detectors
 import diffusion
 import media
@@ -90,8 +89,7 @@ def held_out(k):
 
 def encode_track(models, points):
     """Normalised latents of given points: (n, 70, 2) -> (n, 3, h_m, w_m)."""
-    z_m = data.encode_motion(models.vae, data.draw_all(points, SIZE), models.device)
-    return (z_m.to(models.device) - models.mean) / models.std
+    return torch.cat(list(control.encode_points(models, points)))
 
 
 def redraw(models, z_a, points):

@@ -83,7 +83,8 @@ def find(folder, name, run):
     for path in (folder / name, folder / run / name):
         if os.path.isfile(path):
             return path
-    raise media.UserError(f"{folder}: no {name} in it; train one, or leave --checkpoint out")
+    raise media.UserError(f"{folder}: no {name} in it; train one (README, Training), or leave "
+                          "--checkpoint out")
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -133,7 +134,8 @@ def add_arguments(p, steer):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     steer.add_argument("--pose", nargs="+", default=["free"], metavar="HOW",
                        help="head poses: free (left to the model, the default), predict (from "
-                       "P), still (the portrait's), or three numbers PITCH YAW ROLL in degrees")
+                       "P), still (the portrait's), or three numbers PITCH YAW ROLL in degrees: "
+                       "up, to the viewer's right, clockwise")
 
 
 def arguments(argv):
@@ -154,8 +156,8 @@ def arguments(argv):
     how.add_argument("--seed", type=int, default=0, help="another seed moves differently")
     steer.add_argument("--pose-from", metavar="FILE", help="head poses of a video, or of a CSV "
                          "with a line `pitch,yaw,roll` a frame")
-    steer.add_argument("--relative", action="store_true", help="with --drive: its motion since "
-                         "its first frame, on the portrait's own face")
+    steer.add_argument("--relative", action="store_true", help="with --drive or --keep-from: its "
+                         "motion since its first frame, on the portrait's own face")
     steer.add_argument("--keep-from", metavar="VIDEO", help="with --audio: all but mouth and jaw "
                        "as in a video (D.2)")
     steer.add_argument("--edit", nargs="+", choices=control.PARTS, metavar="PART", help="with "
@@ -187,16 +189,23 @@ def arguments(argv):
 def speak(models, args, finder, speech, points, reference):
     """Motion for speech or instructions, window by window: (n, 3, h_m, w_m), normalised."""
     size, how = models.vae.config.size, args.pose
+    in_points = args.keep_from or not (args.text or isinstance(how, str) and not args.pose_from)
+    if in_points:
+        keeper = load_models(args.checkpoint, args.device, args.wav2vec2, "landmarks")
+        if keeper.speech != models.speech:
+            raise media.UserError(f"{args.checkpoint}: motion.pt hears {models.speech}, "
+                                  f"landmarks.pt {keeper.speech}; train both alike")
     if args.keep_from:
         video = control.watch(args.keep_from, args.detector, finder, size)
         video = retarget(points, video) if args.relative else video
         video = control.back_and_forth(video, len(speech), args.keep_from)
-        keeper = load_models(args.checkpoint, args.device, args.wav2vec2, "landmarks")
         parts = args.edit or ("mouth", "jaw")
         return control.keep(models, keeper, speech, points, video, parts, args)
     if args.pose_from:
         how = control.follow_poses(args, len(speech), finder, size)
     pose = control.poses(models, speech, head_pose(points), how)
+    if in_points:
+        return control.turn(models, keeper, speech, points, pose[0], args)
     windows = diffusion.sample_motion(
         models.motion, speech[None], reference, pose, [args.seed], args.sampler, args.steps,
         guidance=args.guidance, from_reference=bool(args.text))

@@ -181,9 +181,9 @@ def make_motion(rng, n, speech=None, steered=False):
     return Motion(pose, e.astype(np.float32), .02 * wander(rng, n, .8, 2))
 
 
-def random_poses(rng, n, close=False):
+def random_poses(rng, n, close=False, spread=(8, 12, 6)):
     """Unrelated poses and expressions, wider than speech alone shows: what the VAE learns from.
-    `close` keeps the poses as near to one another as a clip does."""
+    `close` keeps the poses as near to one another as a clip does; else `spread`, in degrees."""
     e = np.repeat(NEUTRAL[None].astype(np.float64), n, 0)
     e[:, 0] = rng.beta(.7, 1.3, n) * (rng.random(n) < .8)
     e[:, 1:4] = np.stack([rng.uniform(.1, .9, n), rng.beta(.6, 1.6, n), rng.beta(.7, 1.3, n)], 1)
@@ -194,7 +194,7 @@ def random_poses(rng, n, close=False):
     e[:, 7:9] = lids[:, None]
     e[:, 9:11] = np.clip(rng.normal(0, .5, (n, 2)), -1, 1)
     pose = rng.normal(0, (4, 6, 3), 3) + rng.normal(0, (2.8, 5, 2.8), (n, 3)) if close else \
-        rng.normal(0, (8, 12, 6), (n, 3))
+        rng.normal(0, spread, (n, 3))
     return Motion(32 * np.tanh(pose / 32), e.astype(np.float32), rng.normal(0, .02, (n, 2)))
 
 

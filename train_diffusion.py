@@ -120,12 +120,12 @@ def make_encoded(k, make, path, dtype):
 
 class Motions:
     """Encoded clips: motion (N, 3, h, w) in fp16, pose (N, 3), speech (N, d_s), or instructions.
-    `mean` and `std` of the latents, (3, 1, 1), come from the first clips. With `points`, motion
-    is the 70 points as shares of the picture's side, (N, 2, 70, 1)."""
+    `mean` and `std` of the latents, (3, 1, 1), come from the first clips. With `as_points`,
+    motion is the 70 points as shares of the picture's side, (N, 2, 70, 1)."""
 
-    def __init__(self, vae, device, dtype, points=False, clip=None, mean=None, std=None):
-        self.vae, self.device, self.dtype, self.points, self.clip = vae, device, dtype, points, clip
-        self.items = []
+    def __init__(self, vae, device, dtype, as_points=False, clip=None, mean=None, std=None):
+        self.vae, self.device, self.dtype, self.clip = vae, device, dtype, clip
+        self.as_points, self.items = as_points, []
         self.mean, self.std = (v if v is None else self.shaped(v.cpu()) for v in (mean, std))
 
     def fill(self, items):
@@ -138,16 +138,16 @@ class Motions:
             self.items.append(item | {"motion": motion.half()})
         if self.mean is None:
             every = torch.cat([item["motion"] for item in self.items[:MEASURED]]).float()
-            axes = 0 if self.points else (0, 2, 3)
+            axes = 0 if self.as_points else (0, 2, 3)
             self.mean, self.std = (self.shaped(v) for v in (every.mean(axes), every.std(axes)))
 
     def shaped(self, statistic):
         """Per channel (3, 1, 1), or per coordinate of a point (2, 70, 1)."""
-        return statistic.view(2, 70, 1) if self.points else statistic.view(-1, 1, 1)
+        return statistic.view(2, 70, 1) if self.as_points else statistic.view(-1, 1, 1)
 
     def encode(self, landmarks, x_m):
         """(N, 70, 2) px and the pictures drawn from them -> motion, not normalised."""
-        if self.points:
+        if self.as_points:
             return torch.tensor(landmarks).mT[..., None] / self.vae.config.size
         with training.autocast(self.device, self.dtype):
             return data.encode_motion(self.vae, x_m, self.device)
@@ -171,7 +171,8 @@ class Motions:
         kept = slice(first, first + n)
         i = int(rng.integers(longest))
         points = item["landmarks"][kept]
-        weight = point_weights(points) if self.points else region_weights(points, self.vae.config)
+        weight = point_weights(points) if self.as_points else \
+            region_weights(points, self.vae.config)
         made = {"motion": self.normalise(item["motion"][kept]), "weight": weight,
                 "reference": self.normalise(item["motion"][i]),
                 "pose": torch.tensor(item["pose"][kept]),
@@ -217,12 +218,12 @@ class Unseen:
         with torch.no_grad():
             self.z_a = vae.encode_appearance(portraits)[0]
         self.landmarks = np.stack([c.landmarks for c in clips])
-        self.reader = None if motions.points else read_points(motions)
+        self.reader = None if motions.as_points else read_points(motions)
 
     @torch.no_grad()
     def speak(self, model):
         """Motion of all, (8, N, 3, h, w), and two numbers: the mean lip correlation and the gain;
-        or the share of instructions obeyed, and how far, over the truth's."""
+        or, under the same names, the share of instructions obeyed and how far, over the truth."""
         if self.told:
             said = vectors(self.told, getattr(model, "text_encoder", None), self.motions.clip)
             speech = said[:, None].expand(-1, self.motion.shape[1], -1).to(self.device)
@@ -242,7 +243,7 @@ class Unseen:
 
     def points(self, made):
         """The 70 points, in pixels, of normalised motion: (B, N, 3, h, w) -> (B, N, 70, 2)."""
-        if self.motions.points:
+        if self.motions.as_points:
             made = made * self.motions.std + self.motions.mean
             return (made[..., 0].mT * self.vae.config.size).numpy()
         found = made.flatten(2) @ self.reader[:-1] + self.reader[-1]
@@ -256,7 +257,7 @@ class Unseen:
         for k in range(min(heads, len(made))):
             for motion in (self.motion[k, at], made[k, at]):
                 z_m = motion * self.motions.std + self.motions.mean
-                if self.motions.points:
+                if self.motions.as_points:
                     x_m = data.draw_all(self.points(motion[None])[0], self.vae.config.size)
                     z_m = data.encode_motion(self.vae, x_m, self.device)
                 z_a = self.z_a[k:k + 1].expand(frames, -1, -1, -1)
@@ -320,10 +321,10 @@ def main(argv=None):
     net = training.distribute(objective, processes)
 
     # ---- data ----
-    points, clips = args.target == "landmarks", args.clips
+    as_points, clips = args.target == "landmarks", args.clips
     make = functools.partial(data.toy_motion, seed=args.seed, seconds=recipe["seconds"],
                              size=vae.config.size, kind=args.speech, weights=args.wav2vec2,
-                             drawn=not points)
+                             drawn=not as_points)
     if args.driver == "text":
         make = functools.partial(data.toy_text, seed=args.seed, seconds=recipe["seconds"],
                                  size=vae.config.size)
@@ -332,11 +333,11 @@ def main(argv=None):
         make = functools.partial(data.clip_motion, paths=paths, seed=args.seed,
                                  size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
         clips = len(paths)
-    if device.type == "cpu" and not points:
+    if device.type == "cpu" and not as_points:
         make = functools.partial(make_encoded, make=make, path=args.vae, dtype=dtype)
     source = data.GrowingPool(make, clips, 0, clips, args.workers)
     clip = data.open_clip(args.clip) if args.clip else None
-    motions = Motions(vae, device, dtype, points, clip, **statistics)
+    motions = Motions(vae, device, dtype, as_points, clip, **statistics)
 
     def prepare(at):
         keys = [np.random.default_rng((args.seed, at, k)) for k in samples]
@@ -377,7 +378,7 @@ def main(argv=None):
         motions.fill(source.grow(0))
     if processes.leads:
         tqdm.write(f"{clips} clips made and encoded in {(time.monotonic() - began) / 60:.1f} "
-                   "minutes, before those of training")
+                   "minutes, which count in --minutes the first time")
 
     # ---- the loop ----
     with training.progress("motion", processes.leads) as bar, training.stop_on_signals() as stop, \
@@ -391,6 +392,8 @@ def main(argv=None):
         while True:
             used, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
             done = used >= 1 or stopping
+            if used >= 1 and not step:
+                raise media.UserError("--minutes: clips took all; give more, or fewer --clips")
             if processes.leads and (done or (step and step % args.every == 0)):
                 report()
             if done:
@@ -402,7 +405,7 @@ def main(argv=None):
             factor = optim.rate_factor(recipe["schedule"], step, used, args.warmup)
             optim.set_rate(optimisers, factor)
             torch.manual_seed(training.generator(args.seed, step, processes.rank).initial_seed())
-            frames = torch.stack([mask.sum() for mask in objective.counted(drawn)])
+            frames = torch.stack([m.sum() for m in (*objective.counted(drawn), drawn["mask"])])
             frames = training.total(frames, processes).clamp(min=1)       # of the whole batch
             terms = collections.defaultdict(float)
             for k in range(args.accumulate):
@@ -421,7 +424,7 @@ def main(argv=None):
             step += 1
             terms = training.averaged(terms, processes)
             if processes.leads:
-                log.write(int(frames[1]), step=step - 1, minutes=budget.spent(), norm=norm,
+                log.write(int(frames[2]), step=step - 1, minutes=budget.spent(), norm=norm,
                           lr=args.lr * factor, wait=waited, **terms)
                 bar.set_postfix(step=step, loss=f"{terms['loss']:.3f}", refresh=False)
                 bar.update(100 * budget.share(step) - bar.n)

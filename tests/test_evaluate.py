@@ -129,15 +129,17 @@ def test_a_head_that_obeys_every_pose_is_right_to_the_detectors_limit(clips, mon
                             clip.motion.expression[:1], clip.motion.sway[:1])
         return toy.ToyClip(clip.identity, turned, size=128, jitter=clip.jitter).landmarks[None]
     monkeypatch.setattr(evaluate_control, "speak", speak)
+    monkeypatch.setattr(evaluate_control, "turn", lambda models, keeper, *given: speak(
+        models, *given[:-1], [0], given[-1]))
     monkeypatch.setattr(toy.ToyClip, "frames", lambda self, at=None: self.landmarks)
     obeys = True
-    held = evaluate_control.score_poses(clips, None, None, HOW, 20.0)
+    held = evaluate_control.score_poses(clips, None, None, None, HOW, 20.0)
     assert held["pose_control_mae"]["value"] == pytest.approx(held["pose_control_mae"]["truth"])
     assert held["pose_control_mae"]["value"] < 2 and held["lip_r_posed"]["value"] > .999
     true = np.mean([evaluate.blink_rate(c.landmarks) for c, _ in clips])
     assert held["blinks_still"]["value"] == pytest.approx(true)
     obeys = False
-    held = evaluate_control.score_poses(clips, None, None, HOW, 20.0)["pose_control_mae"]
+    held = evaluate_control.score_poses(clips, None, None, None, HOW, 20.0)["pose_control_mae"]
     assert held["value"] == pytest.approx(held["baseline"], abs=1.5)
 
 
