@@ -5,6 +5,9 @@
     dubbing     --keep-from, --edit     points made around the video's that are held        D.2
     words       --text                  what takes the speech's place                       E
 
+Angles, held faces and words move points, made by a model over landmarks (`landmarks.pt`, `text.pt`)
+and encoded by E_M; a free pose, P's and the portrait's own move S's latents (`motion.pt`).
+
 Each function turns what a user gives into what `diffusion` takes, or straight into motion latents.
 Letters: N frames, n of them. Not in the paper: --relative.
 """
@@ -143,55 +146,60 @@ def encode_points(models, points):
         yield (motion.to(models.device) - models.mean) / models.std
 
 
-# ---- dubbing and words ---------------------------------------------------------------------------
+# ---- motion made as points ----------------------------------------------------------------------
 
 @torch.inference_mode()
-def make_points(models, keeper, speech, points, pose, args, held=None):
-    """Points from speech, by the model over landmarks (D.2), window by window: (n, 70, 2) px.
+def make_points(models, maker, speech, points, pose, args, held=None):
+    """Points by a model over landmarks (D.2), from speech or words: (n, 70, 2) px a window.
 
-    points (70, 2) px of the portrait, pose (N, 3) degrees; held: (points (N, 70, 2) px, which of
-    the 70 stay as they are there (70,) bool), or None.
+    points (70, 2) px of the portrait, pose (N, 3) degrees or None; held: (points (N, 70, 2) px,
+    which of the 70 stay as they are there (70,) bool), or None. Words set out from the portrait.
     """
     def normalised(points):
         p = torch.as_tensor(points, device=models.device).mT[..., None] / size       # (N, 2, 70, 1)
-        return (p - keeper.mean) / keeper.std
+        return (p - maker.mean) / maker.std
     size = models.vae.config.size
     if held:
         known, which = normalised(held[0])[None], held[1].to(models.device)
         held = known, which.view(POINTS, 1).expand(known.shape)
     for window in diffusion.sample_motion(
-            keeper.motion, speech[None], normalised(points[None]), pose[None], [args.seed],
-            args.sampler, args.steps, guidance=args.guidance, held=held):
-        yield ((window[0] * keeper.std + keeper.mean)[..., 0].mT * size).cpu().numpy()
+            maker.motion, speech[None], normalised(points[None]), None if pose is None else
+            pose[None], [args.seed], args.sampler, args.steps, guidance=args.guidance, held=held,
+            from_reference=maker.motion.config.driver != "speech"):
+        yield ((window[0] * maker.std + maker.mean)[..., 0].mT * size).cpu().numpy()
 
 
-def keep(models, keeper, speech, points, video, edit, args):
+def held_but(edit):
+    """Which of the 70 points stay where the parts named by `edit` are made. -> (70,) bool"""
+    held = torch.ones(POINTS, dtype=torch.bool)
+    for region in (region for part in edit for region in PARTS[part]):
+        held[region] = False
+    return held
+
+
+def keep(models, maker, speech, points, video, edit, args):
     """Dub a face (D.2): the parts named by `edit` are made from the speech, the other points are
     held to the video's (N, 70, 2) px. -> (n, 3, h_m, w_m), normalised."""
-    held = torch.ones(POINTS, dtype=torch.bool)
-    for part in edit:
-        for region in PARTS[part]:
-            held[region] = False
     pose = torch.tensor(head_pose(video), device=models.device)
-    for made in make_points(models, keeper, speech, points, pose, args, (video, held)):
+    for made in make_points(models, maker, speech, points, pose, args, (video, held_but(edit))):
         yield from encode_points(models, made)
 
 
-def turn(models, keeper, speech, points, pose, args):
-    """Points from speech, turned to the very poses (N, 3) asked for. -> as `keep`.
+def move(models, maker, speech, points, pose, args):
+    """Points from speech or words, turned to the very poses (N, 3) asked for, if any are. -> as
+    `keep`.
 
-    S over latents follows a pose about half as far as it is asked to nod: in latents, which tell
-    where lines are by which cells they cross, a turn of the head is no simple thing. In points it
-    is a matrix.
+    S over latents nods about a third as far as it is asked to: in latents, which tell where lines
+    are by the cells they cross, a turn of the head is no simple thing. In points it is a matrix.
     """
-    k = 0
-    for made in make_points(models, keeper, speech, points, pose, args):
-        asked = pose[k:k + len(made)].cpu().numpy()
-        k += len(made)
-        yield from encode_points(models, turned(made, asked))
+    asked = None if pose is None else iter(pose.cpu().numpy())
+    for made in make_points(models, maker, speech, points, pose, args):
+        if asked:
+            made = turned(made, np.stack([next(asked) for _ in made]))
+        yield from encode_points(models, made)
 
 
-def read_text(models, texts, seconds, clip=None):
+def read_text(maker, texts, seconds, clip=None):
     """Instructions one after another, each for `seconds`, as speech features: (N, d_s)."""
-    said = vectors(texts, getattr(models.motion, "text_encoder", None), clip)
-    return said.repeat_interleave(round(seconds * media.FPS), 0).to(models.device)
+    said = vectors(texts, getattr(maker.motion, "text_encoder", None), clip)
+    return said.repeat_interleave(round(seconds * media.FPS), 0).to(maker.device)

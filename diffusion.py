@@ -353,13 +353,17 @@ def embed_time(t, width):
 # ---- training, eq. 8 -----------------------------------------------------------------------------
 
 def draw(seed, step, k, n, config):
-    """All that is random for sample k of a step: noise, time, prefix length, dropped conditions."""
+    """All that is random for sample k of a step: noise, time, prefix length, dropped conditions.
+
+    Words change a face for seconds, and z_t shows that long before it is clean: nearly all that they
+    tell, they tell near t = 1, where most of their times lie.
+    """
     rng = np.random.default_rng((seed, step, k, 1))
     key = torch.Generator().manual_seed(int(rng.integers(2 ** 63)))
-    longest = min(2 * config.prefix, n - 1)
+    longest, power = min(2 * config.prefix, n - 1), 1 if config.driver == "speech" else 3
     prefix = int(rng.integers(1, longest + 1)) if rng.random() < HAS_PREFIX and longest > 0 else 0
     return {"noise": torch.randn(n, *config.shape, generator=key),
-            "t": torch.tensor(rng.uniform(LAST, 1), dtype=torch.float32),
+            "t": torch.tensor(1 - (1 - LAST) * rng.random() ** power, dtype=torch.float32),
             "given": torch.arange(n) < prefix,
             "keep_speech": torch.tensor(rng.random() >= DROP_SPEECH),
             "keep_pose": torch.tensor(rng.random() >= DROP_POSE)}

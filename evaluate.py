@@ -38,8 +38,8 @@ import toy
 import voices
 from landmarks import (EYE_LEFT, EYE_RIGHT, MOUTH, head_pose, mouth_opening, point_error,
                        region_box)
-from metrics import (LEAST_SPREAD, SECONDS, SIZE, blink_rate, encode_track, generate, held_out,
-                     loudness, pearson, psnr, psnr_in, redraw, score)
+from metrics import (LEAST_SPREAD, SECONDS, SIZE, blink_rate, encode_track, held_out, loudness,
+                     pearson, psnr, psnr_in, redraw, score, speak)
 
 SAMPLER_STEPS = (1, 2, 5, 10, 20, 50, 150)
 
@@ -149,8 +149,8 @@ def score_speech(plan, clips, models, finder, how, sampler, steps):
     for k, (clip, frames) in enumerate(tqdm(clips, "speech to motion", leave=False)):
         many = k < plan.seeded_clips
         stride = 1 if many else plan.stride
-        found, asked = generate(models, finder, clip, frames, range(plan.seeds if many else 1), how,
-                                sampler, steps, stride)
+        found, asked = speak(models, finder, frames[0], clip.landmarks[0], clip.sound, how,
+                             range(plan.seeds if many else 1), (sampler, steps), stride)
         opening, true = mouth_opening(found), truth[k][::stride]
         if moving[k]:
             rows["r"].append(pearson(opening[0], true))

@@ -22,10 +22,9 @@ import detector as detectors
 import sample
 import toy
 from actions import INSTRUCTIONS, obeyed
-from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, MOUTH, POINTS, head_pose, mouth_opening,
+from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, MOUTH, head_pose, mouth_opening,
                        point_error, region_box, retarget)
-from metrics import (LEAST_SPREAD, SIZE, animate, blink_rate, found_in, pearson, psnr, redraw,
-                     score)
+from metrics import LEAST_SPREAD, SIZE, blink_rate, found_in, pearson, psnr, redraw, score, speak
 
 TURNS = [(p, y, 0) for p in (-20, 0, 20) for y in (-20, 0, 20)] + [(0, 0, -20), (0, 0, 20)]
 WEIGHTS = (0.0, .5, 1.0, 1.5, 2.0, 3.0)          # of guidance
@@ -33,21 +32,12 @@ EVERY = 2                                        # which frames of told heads ar
 SAID = 3.2                                       # seconds that each instruction is given
 
 
-def speak(models, finder, portrait, points, sound, pose, seeds, solver, every=1, guidance=1.0):
-    """Points of a portrait that says something: (S, n, 70, 2)."""
-    speech = sample.hear(models, sound)
-    asked = control.poses(models, speech, head_pose(points), pose)
-    z_a, motion = animate(models, portrait, points, speech, asked, seeds, *solver,
-                          guidance=guidance)
-    return found_in(models, finder, z_a, motion[:, ::every])
-
-
 def turn(models, keeper, finder, portrait, points, sound, pose, solver):
-    """The same for one seed and a pose that is held, as sample.py makes it: through points."""
+    """Points of a portrait that speaks in one pose, as sample.py makes it: (1, n, 70, 2)."""
     speech = sample.hear(models, sound)
     asked = torch.tensor(pose, dtype=torch.float32).expand(len(speech), 3)
     z_a, _ = sample.encode_portrait(models, portrait, points)
-    made = control.turn(models, keeper, speech, points, asked, settings(0, solver))
+    made = control.move(models, keeper, speech, points, asked, settings(0, solver))
     return found_in(models, finder, z_a, torch.cat(list(made))[None])
 
 
@@ -73,7 +63,7 @@ def score_poses(clips, models, keeper, finder, solver, truth):
         given = finder, frames[0], clip.landmarks[0], clip.sound[:16_000]
         for pose in TURNS:
             for found, rows in ((turn(models, keeper, *given, pose, solver), errors),
-                                (speak(models, *given, pose, [0], solver), alone)):
+                                (speak(models, *given, pose, [0], solver)[0], alone)):
                 rows.append(np.abs(head_pose(found[0]) - pose).mean())
         face = (np.repeat(v[:1], len(TURNS), 0) for v in (clip.motion.expression, clip.motion.sway))
         turned = toy.ToyClip(clip.identity, toy.Motion(np.array(TURNS, dtype=float), *face),
@@ -83,8 +73,8 @@ def score_poses(clips, models, keeper, finder, solver, truth):
     rows = {k: [] for k in ("free", "still", "blinks")}
     for clip, frames in tqdm(clips, "still heads", leave=False):
         given = models, finder, frames[0], clip.landmarks[0], clip.sound
-        rows["free"].append(lips(speak(*given, "free", range(4), solver, 4), clip, 4))
-        found = speak(*given, "still", range(4), solver)
+        rows["free"].append(lips(speak(*given, "free", range(4), solver, 4)[0], clip, 4))
+        found, _ = speak(*given, "still", range(4), solver)
         rows["still"].append(lips(found[:, ::4], clip, 4))
         rows["blinks"].append(np.mean([blink_rate(track) for track in found]))
     floor, never = np.mean(limit), float(np.abs(TURNS).mean())
@@ -146,23 +136,21 @@ def score_relative(plan, clips, models, finder):
 def score_keeping(clips, models, keeper, finder, solver):
     """A head's own video with another's voice: held points stay, lips follow the new voice. Beside
     how far off they are: the same where D redraws the whole video ("truth")."""
-    held, rows = np.ones(POINTS, dtype=bool), {k: [] for k in ("off", "redrawn", "kept", "free")}
-    for region in control.PARTS["mouth"] + control.PARTS["jaw"]:
-        held[region] = False
+    rows, edit = {k: [] for k in ("off", "redrawn", "kept", "free")}, ("mouth", "jaw")
     for k, (clip, frames) in enumerate(tqdm(clips, "dubbing", leave=False)):
         voice, portrait, points = clips[(k + 1) % len(clips)][0], frames[0], clip.landmarks
         speech = sample.hear(models, voice.sound)
         z_a, _ = sample.encode_portrait(models, portrait, points[0])
         tracks = [torch.cat(list(control.keep(
-            models, keeper, speech, points[0], points, ("mouth", "jaw"), settings(seed, solver))))
+            models, keeper, speech, points[0], points, edit, settings(seed, solver))))
             for seed in range(4)]
         found = found_in(models, finder, z_a, torch.stack(tracks)[:, ::EVERY])
         redrawn = detectors.find_in_crops(finder, redraw(models, z_a, points[::EVERY]))
         for name, track in (("off", found), ("redrawn", redrawn)):
             off = np.sqrt(((track - points[::EVERY]) ** 2).sum(-1))          # (..., n, 70)
-            rows[name].append(off[..., held].mean())
+            rows[name].append(off[..., control.held_but(edit)].mean())
         rows["kept"].append(lips(found, voice, EVERY))
-        free = speak(models, finder, portrait, points[0], voice.sound, "free", range(4), solver,
+        free, _ = speak(models, finder, portrait, points[0], voice.sound, "free", range(4), solver,
                      EVERY)
         rows["free"].append(lips(free, voice, EVERY))
     return {"keep_err_px": score(rows["off"], truth=np.mean(rows["redrawn"])),
@@ -171,12 +159,13 @@ def score_keeping(clips, models, keeper, finder, solver):
 
 # ---- words ---------------------------------------------------------------------------------------
 
-def tell(models, clip, portrait, texts, seed, solver, seconds=SAID):
-    """Frames of a portrait that is told something: (N, 128, 128, 3)."""
-    speech = control.read_text(models, texts, seconds)
-    z_a, motion = animate(models, portrait, clip.landmarks[0], speech, None, [seed], *solver,
-                          from_reference=True)
-    return np.concatenate(list(sample.decode(models, z_a, motion[0])))
+def tell(models, teller, clip, portrait, texts, seed, solver, seconds=SAID):
+    """Every second frame of a portrait that is told something: (n, 128, 128, 3)."""
+    speech = control.read_text(teller, texts, seconds)
+    z_a, _ = sample.encode_portrait(models, portrait, clip.landmarks[0])
+    motion = torch.cat(list(control.move(models, teller, speech, clip.landmarks[0], None,
+                                         settings(seed, solver))))
+    return np.concatenate(list(sample.decode(models, z_a, motion[::EVERY])))
 
 
 def back_again(models, frame, points, portrait, to):
@@ -190,7 +179,7 @@ def back_again(models, frame, points, portrait, to):
     return psnr(made[outside], portrait[outside])
 
 
-def score_text(models, finder, solver, heads=10):
+def score_text(models, teller, finder, solver, heads=10):
     """Every instruction in its held-out wordings on unseen heads; "shuffled" asks of each video
     what another was told. -> numbers, {action: (obeyed, obeyed by another)}.
 
@@ -204,12 +193,12 @@ def score_text(models, finder, solver, heads=10):
     for name in tqdm(names, "instructions", leave=False):
         for k, (clip, portrait) in enumerate(zip(clips, portraits)):
             words = INSTRUCTIONS[name][1][k % 2]
-            made = tell(models, clip, portrait, [words], k, solver)
-            found = detectors.find_in_crops(finder, made[::EVERY])
+            made = tell(models, teller, clip, portrait, [words], k, solver)
+            found = detectors.find_in_crops(finder, made)
             far[name, k] = {a: obeyed(found, a, every=EVERY) >= 1 for a in names}
             if names.index(name) < 10:
                 to = portrait, clip.landmarks[0]
-                kept.append(back_again(models, made[::EVERY][-1], found[-1], *to))
+                kept.append(back_again(models, made[-1], found[-1], *to))
                 other = (k + 1) % heads
                 itself.append(back_again(models, portrait, clip.landmarks[0], *to))
                 another.append(back_again(models, portraits[other], clips[other].landmarks[0], *to))
@@ -229,7 +218,7 @@ def score_guidance(clips, models, finder, solver):
     for weight in tqdm(WEIGHTS, "guidance", leave=False):
         rows = []
         for clip, frames in clips:
-            found = speak(models, finder, frames[0], clip.landmarks[0], clip.sound, "free",
+            found, _ = speak(models, finder, frames[0], clip.landmarks[0], clip.sound, "free",
                           range(4), solver, 4, weight)
             opening, true = mouth_opening(found), mouth_opening(clip.landmarks)[::4]
             spread = np.sqrt((found.std(0) ** 2).sum(-1)).mean()
@@ -262,7 +251,7 @@ def score_odd(clips, models, finder, solver):
     rows = {}
     for clip, _ in tqdm(clips, "odd portraits", leave=False):
         for name, still in odd_portraits(clip).items():
-            found = speak(models, finder, still.frame(0), still.landmarks[0], clip.sound, "free",
+            found, _ = speak(models, finder, still.frame(0), still.landmarks[0], clip.sound, "free",
                           range(4), solver)
             rows.setdefault(name, []).append((lips(found, clip),
                                               np.mean([blink_rate(track) for track in found])))
@@ -284,7 +273,7 @@ def score_all(plan, clips, models, finder, solver, others):
     numbers |= score_cross(plan, clips, models, finder)
     numbers |= score_relative(plan, clips, models, finder)
     numbers |= score_keeping(some, models, others["landmarks"], finder, solver)
-    told, by_word = score_text(others["text"], finder, solver)
+    told, by_word = score_text(models, others["text"], finder, solver)
     odd, by_portrait = score_odd(some, models, finder, solver)
     return numbers | told | odd, {
         "instructions (obeyed, obeyed when told something else)": by_word,

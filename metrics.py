@@ -17,7 +17,7 @@ import diffusion
 import media
 import sample
 import toy
-from landmarks import eye_opening
+from landmarks import eye_opening, head_pose
 
 SIZE, SECONDS = 128, 4.0        # of held-out clips
 LEAST_SPREAD = .01              # of the true mouth opening; stiller clips have no lip numbers
@@ -97,29 +97,23 @@ def redraw(models, z_a, points):
     return np.concatenate(list(sample.decode(models, z_a, encode_track(models, points))))
 
 
-@torch.inference_mode()
-def animate(models, portrait, points, speech, pose, seeds, sampler, steps, **more):
-    """A framed portrait and its points (70, 2) move to speech features (N, d_s), once for each
-    seed. pose (1, N, 3) or None, more: of `diffusion.sample_motion` -> z^a, motion (S, N, 3, h, w).
-    """
-    z_a, reference = sample.encode_portrait(models, portrait, points)
-    count = len(seeds)
-    windows = diffusion.sample_motion(
-        models.motion, speech[None].expand(count, -1, -1), reference.expand(count, -1, -1, -1),
-        None if pose is None else pose.expand(count, -1, -1), seeds, sampler, steps, **more)
-    return z_a, torch.cat(list(windows), 1)
-
-
 def found_in(models, finder, z_a, tracks):
     """Points found in the frames that D makes of motion: (S, n, 3, h, w) -> (S, n, 70, 2)."""
     made = (np.concatenate(list(sample.decode(models, z_a, track))) for track in tracks)
     return np.stack([detectors.find_in_crops(finder, frames) for frames in made])
 
 
-def generate(models, finder, clip, frames, seeds, how, sampler, steps, stride=1):
-    """Speak a clip's sound with its first frame: points found (S, n, 70, 2), the asked poses."""
-    speech = sample.hear(models, clip.sound)
-    pose = control.poses(models, speech, clip.pose[0], how)
-    z_a, motion = animate(models, frames[0], clip.landmarks[0], speech, pose, seeds, sampler, steps)
-    found = found_in(models, finder, z_a, motion[:, ::stride])
-    return found, None if pose is None else pose[0].cpu().numpy()
+@torch.inference_mode()
+def speak(models, finder, portrait, points, sound, how, seeds, solver, every=1, guidance=1.0):
+    """Points of a portrait that says something: (S, n, 70, 2), and the poses it was asked for.
+
+    how: as `control.poses` takes it; solver: (sampler, steps).
+    """
+    speech, count = sample.hear(models, sound), len(seeds)
+    asked = control.poses(models, speech, head_pose(points), how)
+    z_a, reference = sample.encode_portrait(models, portrait, points)
+    windows = diffusion.sample_motion(
+        models.motion, speech[None].expand(count, -1, -1), reference.expand(count, -1, -1, -1),
+        None if asked is None else asked.expand(count, -1, -1), seeds, *solver, guidance=guidance)
+    found = found_in(models, finder, z_a, torch.cat(list(windows), 1)[:, ::every])
+    return found, None if asked is None else asked[0].cpu().numpy()

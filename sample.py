@@ -63,7 +63,8 @@ def load_models(folder, device, wav2vec2=None, name="motion"):
     path = find(folder, f"{name}.pt", "diffusion" if name == "motion" else name)
     motion, held = training.load_model(diffusion.MotionModel, diffusion.MotionConfig, path, device)
     try:
-        shape = motion.config.shape if name == "landmarks" else (vae.config.latent, 1, 1)
+        shape = motion.config.shape if motion.config.target == "landmarks" else \
+            (vae.config.latent, 1, 1)
         mean, std = (torch.tensor(held[k]).view(shape).to(device) for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise media.UserError(f"{path}: its latents' mean and std are missing; copy or train it "
@@ -72,7 +73,7 @@ def load_models(folder, device, wav2vec2=None, name="motion"):
         raise media.UserError(f"{path}: was trained on another VAE's latents; train_diffusion.py "
                               "--vae makes one for this VAE")
     kind = held.get("speech", "mel")
-    if wav2vec2 and kind == "mel":
+    if wav2vec2 and kind == "mel" and motion.config.driver == "speech":
         raise media.UserError(f"--wav2vec2 {wav2vec2}: {path} hears log-mel, which needs no such "
                               "weights")
     return Models(vae, motion, mean, std, kind, device, wav2vec2)
@@ -186,43 +187,47 @@ def arguments(argv):
     return args
 
 
-def speak(models, args, finder, speech, points, reference):
+def point_maker(args, models):
+    """The model over points that the flags want: words move them, a held face and angles too."""
+    posed = args.pose_from or not isinstance(args.pose, str)
+    name = "text" if args.text else "landmarks" if args.keep_from or posed else None
+    made = name and load_models(args.checkpoint, args.device, args.wav2vec2, name)
+    if name == "landmarks" and made.speech != models.speech:
+        raise media.UserError(f"{args.checkpoint}: motion.pt hears {models.speech}, landmarks.pt "
+                              f"{made.speech}; train both alike")
+    if name == "text" and (made.motion.config.driver == "clip") != bool(args.clip):
+        raise media.UserError(f"{args.checkpoint}: text.pt reads " + (
+            "bytes; leave --clip out" if args.clip else
+            "CLIP's features; name its folder with --clip"))
+    return made
+
+
+def speak(models, maker, args, finder, speech, points, reference):
     """Motion for speech or instructions, window by window: (n, 3, h_m, w_m), normalised."""
     size, how = models.vae.config.size, args.pose
-    in_points = args.keep_from or not (args.text or isinstance(how, str) and not args.pose_from)
-    if in_points:
-        keeper = load_models(args.checkpoint, args.device, args.wav2vec2, "landmarks")
-        if keeper.speech != models.speech:
-            raise media.UserError(f"{args.checkpoint}: motion.pt hears {models.speech}, "
-                                  f"landmarks.pt {keeper.speech}; train both alike")
     if args.keep_from:
         video = control.watch(args.keep_from, args.detector, finder, size)
         video = retarget(points, video) if args.relative else video
         video = control.back_and_forth(video, len(speech), args.keep_from)
         parts = args.edit or ("mouth", "jaw")
-        return control.keep(models, keeper, speech, points, video, parts, args)
+        return control.keep(models, maker, speech, points, video, parts, args)
     if args.pose_from:
         how = control.follow_poses(args, len(speech), finder, size)
     pose = control.poses(models, speech, head_pose(points), how)
-    if in_points:
-        return control.turn(models, keeper, speech, points, pose[0], args)
-    windows = diffusion.sample_motion(
-        models.motion, speech[None], reference, pose, [args.seed], args.sampler, args.steps,
-        guidance=args.guidance, from_reference=bool(args.text))
+    if maker:
+        return control.move(models, maker, speech, points, None if pose is None else pose[0], args)
+    windows = diffusion.sample_motion(models.motion, speech[None], reference, pose, [args.seed],
+                                      args.sampler, args.steps, guidance=args.guidance)
     return (window[0] for window in windows)
 
 
 @torch.inference_mode()
-def listen(models, args, sound):
+def listen(models, maker, args, sound):
     """What drives the head, as features a frame: the voice, or the instructions. -> (N, d_s)"""
     if not args.text:
         return hear(models, sound)
-    if (models.motion.config.driver == "clip") != bool(args.clip):
-        raise media.UserError(f"{args.checkpoint}: text.pt reads " + (
-            "CLIP's features; name its folder with --clip" if not args.clip else
-            "bytes; leave --clip out"))
     clip = data.open_clip(args.clip) if args.clip else None
-    return control.read_text(models, args.text, args.seconds or 4, clip)
+    return control.read_text(maker, args.text, args.seconds or 4, clip)
 
 
 def main(argv=None, quiet=False):
@@ -233,8 +238,8 @@ def main(argv=None, quiet=False):
     picture = media.read_image(args.image)
     sound = media.read_sound(args.audio) if args.audio else \
         media.read_sound_if_any(args.drive) if args.drive else None
-    models = load_models(args.checkpoint, args.device, args.wav2vec2,
-                         "text" if args.text else "motion")
+    models = load_models(args.checkpoint, args.device, args.wav2vec2)
+    maker = point_maker(args, models)
     finder = None if args.detector == "mediapipe" else \
         detectors.load(find(Path(args.checkpoint), "detector.pt", "detector"), models.device)
 
@@ -249,8 +254,8 @@ def main(argv=None, quiet=False):
         count, windows = len(driver), control.encode_points(
             models, retarget(points, driver) if args.relative else driver)
     else:
-        speech = listen(models, args, sound)
-        count, windows = len(speech), speak(models, args, finder, speech, points, reference)
+        speech = listen(models, maker, args, sound)
+        count, windows = len(speech), speak(models, maker, args, finder, speech, points, reference)
 
     shown, wanted = [], np.linspace(0, count - 1, min(16, count)).astype(int)
     with media.VideoWriter(args.out, size, size, sound) as video, \

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import control
 import detector
@@ -19,10 +18,6 @@ from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, IRISES, MOUTH, NOSE, head_pos
 
 ROOT = Path(__file__).resolve().parent.parent
 FACE, SPEECH = str(ROOT / "assets" / "face.png"), str(ROOT / "assets" / "speech.wav")
-
-def needs(name):
-    """Skips what the repository has no weights for yet."""
-    return pytest.mark.skipif(not (training.SHIPPED / name).is_file(), reason=f"no {name} ships yet")
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +44,18 @@ def make(out, *flags, audio=None, image=FACE):
     return out
 
 
-def test_a_head_turns_where_it_is_asked_to(tmp_path, finder, voice):
-    """--pose PITCH YAW ROLL: asked for 20 degrees to either side, the head turns at least 20 degrees
-    further to that side, and the lips still move."""
-    left, right = (points_of(finder, make(tmp_path / "a.mp4", "--pose", 0, yaw, 0, audio=voice))
-                   for yaw in (-20, 20))
-    assert np.median(head_pose(right)[:, 1]) - np.median(head_pose(left)[:, 1]) > 20
-    assert mouth_opening(left).std() > .02 and mouth_opening(right).std() > .02
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_head_turns_where_it_is_asked_to(tmp_path, finder, voice, axis):
+    """--pose PITCH YAW ROLL: between -20 and 20 degrees the head turns by 28 to 45, it turns by less
+    than 6 about the other axes, and the lips still move."""
+    poses, lips = [], []
+    for sign in (-20, 20):
+        asked = np.eye(3, dtype=int)[axis] * sign
+        found = points_of(finder, make(tmp_path / "a.mp4", "--pose", *asked, audio=voice))
+        poses.append(np.median(head_pose(found), 0))
+        lips.append(mouth_opening(found).std())
+    turned = np.delete(poses[1] - poses[0], axis)
+    assert 28 < (poses[1] - poses[0])[axis] < 45 and np.abs(turned).max() < 6 and min(lips) > .02
 
 
 def test_poses_come_from_a_csv_and_turn_round(tmp_path, finder, voice, capfd):
@@ -66,7 +66,7 @@ def test_poses_come_from_a_csv_and_turn_round(tmp_path, finder, voice, capfd):
     assert "21 frames for 40; played back and forth" in capfd.readouterr().err
     yaw = head_pose(points_of(finder, out, 1))[:, 1]
     wanted = np.concatenate([np.linspace(-20, 20, 21), np.linspace(18, -18, 19)])
-    assert np.corrcoef(yaw, wanted)[0, 1] > .5 and np.ptp(yaw) > 15
+    assert np.corrcoef(yaw, wanted)[0, 1] > .95 and np.ptp(yaw) > 30
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_poses_come_from_a_video(tmp_path, finder, voice, driver):
     path, clip = driver
     out = make(tmp_path / "a.mp4", "--pose-from", path, audio=voice)
     yaw = head_pose(points_of(finder, out))[:, 1]
-    assert np.corrcoef(yaw, clip.pose[::3, 1])[0, 1] > .8
+    assert np.corrcoef(yaw, clip.pose[::3, 1])[0, 1] > .95
 
 
 def test_a_video_drives_the_portrait(tmp_path, finder, driver):
@@ -137,7 +137,6 @@ def held_off(finder, out, framed, *regions):
     return np.sqrt(((found - framed)[:, at] ** 2).sum(-1)).mean(), found
 
 
-@needs("landmarks.pt")
 def test_dubbing_keeps_the_face_and_takes_the_lips(tmp_path, finder, driver, dubbed):
     """--keep-from: eyes, brows and nose stay within 1.3 px of the video's, the mouth follows the
     new voice and not the old one."""
@@ -151,7 +150,6 @@ def test_dubbing_keeps_the_face_and_takes_the_lips(tmp_path, finder, driver, dub
     assert new > .6 and new > old + .2
 
 
-@needs("landmarks.pt")
 def test_other_parts_can_be_made_instead(tmp_path, finder, driver, dubbed):
     """--edit eyes: the mouth is the video's, the eyes are not."""
     image, voice, _ = dubbed
@@ -164,7 +162,6 @@ def test_other_parts_can_be_made_instead(tmp_path, finder, driver, dubbed):
     assert np.corrcoef(mouth_opening(found), mouth_opening(driver[1].landmarks))[0, 1] > .8
 
 
-@needs("text.pt")
 def test_a_head_does_what_it_is_told(tmp_path, finder):
     """--text: one instruction after the other is obeyed, as far as it must be, without a jump."""
     out = make(tmp_path / "a.mp4", "--text", "please turn left", "--text", "open your mouth",
@@ -178,7 +175,6 @@ def test_a_head_does_what_it_is_told(tmp_path, finder):
     assert steps[49] < 3 * np.median(steps) + 1 and steps.max() < 4
 
 
-@needs("text.pt")
 def test_words_and_a_pose_go_together(tmp_path, finder):
     """--text with --pose: a mouth that opens in a head that is turned."""
     out = make(tmp_path / "a.mp4", "--text", "open your mouth", "--pose", 0, -15, 0, "--seconds", 2)
@@ -186,7 +182,6 @@ def test_words_and_a_pose_go_together(tmp_path, finder):
     assert head_pose(points[30:])[:, 1].mean() < -8 and obeyed(points, "open_mouth") >= 1
 
 
-@needs("text.pt")
 def test_words_nobody_knows_give_a_plausible_motion(tmp_path, finder):
     """The head stays one: no point further from the first frame's than a head can turn."""
     points = points_of(finder, make(tmp_path / "a.mp4", "--text", "xyzzy ☃ 42", "--seconds", 1), 1)
@@ -238,12 +233,26 @@ def test_broken_tracks_take_one_line(tmp_path, text, named):
     (["--text", "smile", "--seconds", "0"], "--seconds"), (["--audio", SPEECH, "--seconds", "2"], "--seconds"),
     (["--audio", SPEECH, "--edit", "eyes"], "--edit"), (["--audio", SPEECH, "--keep-from", "none.mp4"], "none"),
     (["--audio", SPEECH, "--keep-from", "a.mp4", "--pose", "still"], "--keep-from"),
-    (["--text", "smile", "--pose-from", "none.csv", "--pose", "still"], "--pose-from")])
+    (["--text", "smile", "--pose-from", "none.csv", "--pose", "still"], "--pose-from"),
+    (["--text", "smile", "--clip", "none"], "leave --clip out"),
+    (["--audio", SPEECH, "--clip", "none"], "--clip belongs to --text")])
 def test_flags_that_make_no_sense_together(tmp_path, flags, named):
     """One line that names the flag; nothing is written."""
     with pytest.raises(media.UserError, match=named):
         sample.main(["--image", FACE, "--out", str(tmp_path / "a.mp4"), *flags], True)
     assert not list(tmp_path.iterdir())
+
+
+def test_models_that_hear_differently_do_not_mix(tmp_path, voice):
+    """motion.pt of one kind of speech features and landmarks.pt of another: one line, no video."""
+    for path in training.SHIPPED.glob("*.pt"):
+        (tmp_path / path.name).symlink_to(path.resolve())
+    (tmp_path / "landmarks.pt").unlink()
+    training.save(tmp_path / "landmarks.pt",
+                  training.load(training.SHIPPED / "landmarks.pt") | {"speech": "wav2vec2"})
+    with pytest.raises(media.UserError, match="motion.pt hears mel, landmarks.pt wav2vec2"):
+        make(tmp_path / "a.mp4", "--pose", 0, 20, 0, "--checkpoint", tmp_path, audio=voice)
+    assert not list(tmp_path.glob("*.mp4"))
 
 
 def test_a_face_that_is_lost_stays_where_it_was(finder):
@@ -257,22 +266,32 @@ def test_a_face_that_is_lost_stays_where_it_was(finder):
     frames[5:10] = noise[5:10]
     with pytest.raises(media.UserError, match="a.mp4: no face in 5 of 12 frames"):
         detector.follow(frames, "a.mp4", "toy", finder)
+    with pytest.raises(media.UserError, match="a.mp4: holds no pictures"):
+        detector.follow([], "a.mp4", "toy", finder)
 
 
 @pytest.mark.parametrize("flags, name, width", [
     (["--driver", "text"], "text", 128), (["--target", "landmarks"], "landmarks", 320)])
 def test_words_and_points_are_learnt_from_what_s_knows(tmp_path, flags, name, width):
     """Two steps from the motion model's weights: those that fit are taken, the others are new, and
-    the file that sample.py looks for is written."""
+    the file that sample.py looks for is written. Another process makes the clips."""
     before = training.load(training.SHIPPED / "motion.pt")["weights"]
     train_diffusion.main([*flags, "--init", str(training.SHIPPED / "motion.pt"), "--clips", "2",
-                          "--steps", "2", "--batch", "2", "--workers", "0", "--out", str(tmp_path)])
+                          "--steps", "2", "--batch", "2", "--workers", "1", "--out", str(tmp_path)])
     after = training.load(tmp_path / f"{name}.pt")["weights"]
     inner = "conformer.blocks.1.first.1.weight"
     assert 0 < (after[inner] - before[inner]).abs().max() < .02 < before[inner].std()
     assert after["speech_encoder.door.weight"].shape == (192, width)
-    assert after["out.weight"].shape[0] == (140 if name == "landmarks" else 768)
+    assert after["out.weight"].shape[0] == 140
     assert (tmp_path / f"{name}.json").is_file()
+
+
+def test_minutes_that_clips_use_up_ship_nothing(tmp_path):
+    """One line, and no weights that have learnt nothing."""
+    with pytest.raises(media.UserError, match="clips took all"):
+        train_diffusion.main(["--minutes", "1e-4", "--clips", "2", "--workers", "0", "--target",
+                              "landmarks", "--out", str(tmp_path)])
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_the_examples_of_help_can_be_pasted(capsys):

@@ -549,3 +549,12 @@ def test_points_can_stand_where_latents_do():
     assert made.shape == known.shape
     torch.testing.assert_close(made[held], known[held])
     assert diffusion.draw(0, 0, 0, 9, config)["noise"].shape == (9, 2, 70, 1)
+
+
+@pytest.mark.parametrize("driver, share", [("speech", .1), ("bytes", .46)])
+def test_words_are_learnt_where_nothing_else_tells(driver, share):
+    """Above t = .9 lies a tenth of speech's times, and of words' as many as (.1)^(1/3)."""
+    config = diffusion.MotionConfig(driver=driver, speech_features=10, motion_size=2)
+    times = torch.stack([diffusion.draw(0, 0, k, 4, config)["t"] for k in range(2000)])
+    assert diffusion.LAST <= times.min() and times.max() <= 1
+    assert (times > .9).float().mean().item() == pytest.approx(share, abs=.04)

@@ -91,8 +91,8 @@ def test_lips_follow_the_voice_and_not_another():
     finder = detector.load(SHIPPED / "detector.pt")
     models = sample.load_models(SHIPPED, "cpu")
     clips = [evaluate.held_out(100 + k) for k in range(4)]
-    found = [evaluate.generate(models, finder, c, f, [0, 1], "predict", "dpmpp_2m", 10, 2)[0]
-             for c, f in clips]
+    found = [evaluate.speak(models, finder, f[0], c.landmarks[0], c.sound, "predict", [0, 1],
+                            ("dpmpp_2m", 10), 2)[0] for c, f in clips]
     made = [mouth_opening(f).mean(0) for f in found]
     true = [mouth_opening(c.landmarks)[::2] for c, _ in clips]
     own = np.mean([evaluate.pearson(a, b) for a, b in zip(made, true)])
@@ -107,7 +107,8 @@ def test_a_still_head_turns_less_than_a_free_one():
     moved = {"still": 0, "free": 0}
     for clip, frames in (evaluate.held_out(103), evaluate.held_out(105)):
         for how in moved:
-            found, asked = evaluate.generate(models, finder, clip, frames, [0], how, "dpmpp_2m", 10, 5)
+            found, asked = evaluate.speak(models, finder, frames[0], clip.landmarks[0], clip.sound,
+                                          how, [0], ("dpmpp_2m", 10), 5)
             assert asked is None if how == "free" else (asked == clip.pose[0]).all()
             moved[how] += head_pose(found[0])[:, 1].std()
             if how == "still":

@@ -29,10 +29,11 @@ def clips(monkeypatch):
 
 def spoken(clips, monkeypatch, change=lambda points: points, asked=0.0, plan=PLAN):
     """score_speech when the model's answer is the truth with a change."""
-    def generate(models, finder, clip, frames, seeds, how, sampler, steps, stride=1):
-        track = np.stack([change(frames.copy())[::stride] for _ in seeds])
-        return track, clip.pose[::stride] + asked
-    monkeypatch.setattr(evaluate, "generate", generate)
+    def speak(models, finder, portrait, points, sound, how, seeds, solver, every=1):
+        clip = next(c for c, _ in clips if np.array_equal(c.landmarks[0], points))
+        track = np.stack([change(clip.landmarks.copy())[::every] for _ in seeds])
+        return track, clip.pose[::every] + asked
+    monkeypatch.setattr(evaluate, "speak", speak)
     held = evaluate.score_speech(plan, clips, None, None, "predict", "dpmpp_2m", 20)
     return {name: value["value"] for name, value in held.items()}, held
 
@@ -124,13 +125,14 @@ def test_a_head_that_obeys_every_pose_is_right_to_the_detectors_limit(clips, mon
     def speak(models, finder, portrait, points, sound, pose, seeds, how, every=1, guidance=1.0):
         clip = next(c for c, _ in clips if np.array_equal(c.landmarks[0], points))
         if isinstance(pose, str):
-            return np.stack([clip.landmarks[::every] for _ in seeds])
+            return np.stack([clip.landmarks[::every] for _ in seeds]), None
         turned = toy.Motion(np.array([pose if obeys else (0, 0, 0)], float),
                             clip.motion.expression[:1], clip.motion.sway[:1])
-        return toy.ToyClip(clip.identity, turned, size=128, jitter=clip.jitter).landmarks[None]
+        drawn = toy.ToyClip(clip.identity, turned, size=128, jitter=clip.jitter)
+        return drawn.landmarks[None], None
     monkeypatch.setattr(evaluate_control, "speak", speak)
     monkeypatch.setattr(evaluate_control, "turn", lambda models, keeper, *given: speak(
-        models, *given[:-1], [0], given[-1]))
+        models, *given[:-1], [0], given[-1])[0])
     monkeypatch.setattr(toy.ToyClip, "frames", lambda self, at=None: self.landmarks)
     obeys = True
     held = evaluate_control.score_poses(clips, None, None, None, HOW, 20.0)
@@ -159,17 +161,17 @@ def test_words_count_when_the_head_does_them(clips, monkeypatch, obeys, right, w
     in few of another's; heads that hold still are right in none."""
     texts = {words: a for a in INSTRUCTIONS for words in INSTRUCTIONS[a][1]}
 
-    def tell(models, clip, portrait, said, seed, how, seconds=3.2):
+    def tell(models, teller, clip, portrait, said, seed, how, seconds=3.2):
         motion = toy.make_motion(np.random.default_rng(seed), 80)
         for track in (motion.pose, motion.expression, motion.sway):
             track[:] = track[:1]
         motion.expression[:] = toy.NEUTRAL
         if obeys:
             toy.obey(motion, [texts[said[0]]])
-        return toy.ToyClip(clip.identity, motion, size=128).landmarks
+        return toy.ToyClip(clip.identity, motion, size=128).landmarks[::2]
     monkeypatch.setattr(evaluate_control, "tell", tell)
     monkeypatch.setattr(evaluate_control, "back_again", lambda *_: 30.0)
-    held, table = evaluate_control.score_text(None, None, HOW, heads=2)
+    held, table = evaluate_control.score_text(None, None, None, HOW, heads=2)
     assert held["text_accuracy"]["value"] == right and len(table) == 15
     assert held["text_accuracy_shuffled"]["value"] <= wrong
 

@@ -58,7 +58,7 @@ torch.save = save
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))"
 FINE = ["--dtype", "fp64", "--warmup", "2"]
 FLAGS = {"vae": ["--identities", "3", "--frames", "3", *FINE],
-         "diffusion": ["--vae", "VAE", "--clips", "3", *FINE],
+         "diffusion": ["--vae", "VAE", "--clips", "4", *FINE],
          "detector": ["--identities", "4"]}
 STEPS = ["--steps", "8"]
 LIMIT = 240                             # seconds for a run

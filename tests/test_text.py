@@ -3,11 +3,13 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import text
+import train_diffusion
 
 
 def theirs(block, heads, activation):
@@ -185,3 +187,20 @@ def test_clip_is_what_transformers_makes_of_it(clip_folder):
     with torch.no_grad():
         wanted = other(input_ids=torch.tensor(tokens)).text_embeds
     torch.testing.assert_close(text.load_clip(folder)(words), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_words_are_learnt_from_how_the_head_looked_before(told):
+    """Of a head that is told something S sees the first frame, which does not show it yet; of one
+    that speaks, any."""
+    n = 100
+    item = {"motion": torch.arange(n).view(n, 1, 1, 1).expand(n, 2, 70, 1).half(), "steered": False,
+            "landmarks": np.zeros((n, 70, 2), np.float32), "pose": np.zeros((n, 3), np.float32)}
+    item |= {"letters": text.to_bytes(["a", "b"]).numpy(), "said": np.zeros(n, int)} if told else \
+        {"speech": np.zeros((n, 5), np.float32)}
+    motions = train_diffusion.Motions(None, "cpu", torch.float32, True, None, torch.zeros(2, 70, 1),
+                                      torch.ones(2, 70, 1))
+    motions.items = [item]
+    seen = {motions.example(np.random.default_rng(k), (20, 30))["reference"].mean().item()
+            for k in range(20)}
+    assert seen == {0} if told else len(seen) > 10
