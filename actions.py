@@ -60,7 +60,8 @@ INSTRUCTIONS = {
                "shake your head a few times"),
               ("say no with your head", "shake the head"), {"yaw": "wave"}),
 }
-MANNERS = ("{}", "{}", "please {}", "{} please", "now {}", "could you {}", "just {}")
+MANNERS = ("{}", "{}", "please {}", "{} please", "now {}", "could you {}", "just {}", "{} for me",
+           "i want you to {}", "{} once more", "try to {}", "and now {} if you can")
 _CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}
 SETTLED = 1.2                   # seconds after which an instruction should have been carried out
 

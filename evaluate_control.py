@@ -12,6 +12,7 @@ Letters: S seeds, N frames, n of them.
 from __future__ import annotations
 
 import argparse
+import collections
 
 import numpy as np
 import torch
@@ -87,48 +88,34 @@ def score_poses(clips, models, keeper, finder, solver, truth):
 # ---- another video -------------------------------------------------------------------------------
 
 def score_cross(plan, clips, models, finder):
-    """One clip's motion on another's portrait, against the driver and the renderer (B.2)."""
-    rng = np.random.default_rng(0)
-    by_driver, by_truth, pictures, still, copied = [], [], [], [], []
+    """One clip's motion on another's portrait, against the driver and the renderer (B.2); and the
+    same with --relative on a portrait in the pose and expression of the driver's first frame."""
+    rng, rows = np.random.default_rng(0), collections.defaultdict(list)
     pairs = [(d, int((d + rng.integers(1, len(clips))) % len(clips)))
              for _ in range(plan.rounds) for d in range(min(plan.drivers, len(clips)))]
     for d, t in tqdm(pairs, "cross-reenactment", leave=False):
         driver, (target, frames) = clips[d][0], clips[t]
-        z_a, _ = sample.encode_portrait(models, frames[0], target.landmarks[0])
         at = np.linspace(0, len(driver) - 1, min(plan.cross_frames, len(driver))).astype(int)
         wanted = toy.ToyClip(target.identity, driver.motion, size=SIZE, jitter=driver.jitter)
-        made = redraw(models, z_a, driver.landmarks[at])
-        found = detectors.find_in_crops(finder, made)
-        by_driver.append(point_error(found, driver.landmarks[at]).mean())
-        by_truth.append(point_error(found, wanted.landmarks[at]).mean())
-        held = np.repeat(target.landmarks[:1], len(at), 0)
-        still.append(point_error(held, wanted.landmarks[at]).mean())
-        drawn = wanted.frames(at)
-        pictures.append(psnr(made, drawn))
-        copied.append(psnr(frames[:1], drawn))
-    return {"akd_cross": score(by_driver),
-            "akd_cross_true": score(by_truth, baseline=np.mean(still)),
-            "psnr_cross_true": score(pictures, baseline=np.mean(copied))}
-
-
-def score_relative(plan, clips, models, finder):
-    """A portrait in the pose and expression of the driver's first frame does what the driver does
-    since then, against the renderer; and how far off the driver's raw points are there."""
-    rng, off, raw, pictures = np.random.default_rng(0), [], [], []
-    drivers = list(range(min(plan.drivers, len(clips)))) * plan.rounds
-    for d in tqdm(drivers, "relative driving", leave=False):
-        driver = clips[d][0]
-        target = clips[int((d + rng.integers(1, len(clips))) % len(clips))][0]
-        wanted = toy.ToyClip(target.identity, driver.motion, size=SIZE, jitter=driver.jitter)
-        at = np.linspace(0, len(driver) - 1, min(plan.cross_frames, len(driver))).astype(int)
-        drawn, true = wanted.frames(at), wanted.landmarks[at]
-        z_a, _ = sample.encode_portrait(models, drawn[0], true[0])
-        made = redraw(models, z_a, retarget(true[0], driver.landmarks)[at])
-        off.append(point_error(detectors.find_in_crops(finder, made), true).mean())
-        raw.append(point_error(driver.landmarks[at], true).mean())
-        pictures.append(psnr(made, drawn))
-    return {"akd_cross_true_relative": score(off, baseline=np.mean(raw)),
-            "psnr_cross_true_relative": score(pictures)}
+        drawn, true, points = wanted.frames(at), wanted.landmarks[at], driver.landmarks[at]
+        for name, portrait, own, motion in (
+                ("raw", frames[0], target.landmarks[0], points),
+                ("relative", drawn[0], true[0], retarget(true[0], points))):
+            z_a, _ = sample.encode_portrait(models, portrait, own)
+            made = redraw(models, z_a, motion)
+            found = detectors.find_in_crops(finder, made)
+            rows["driver", name].append(point_error(found, points).mean())
+            rows["true", name].append(point_error(found, true).mean())
+            rows["psnr", name].append(psnr(made, drawn))
+        rows["still"].append(point_error(target.landmarks[:1], true).mean())
+        rows["leak"].append(point_error(points, true).mean())
+        rows["copied"].append(psnr(frames[:1], drawn))
+    return {"akd_cross": score(rows["driver", "raw"]),
+            "akd_cross_true": score(rows["true", "raw"], baseline=np.mean(rows["still"])),
+            "psnr_cross_true": score(rows["psnr", "raw"], baseline=np.mean(rows["copied"])),
+            "akd_cross_true_relative": score(rows["true", "relative"],
+                                             baseline=np.mean(rows["leak"])),
+            "psnr_cross_true_relative": score(rows["psnr", "relative"])}
 
 
 # ---- dubbing -------------------------------------------------------------------------------------
@@ -163,9 +150,9 @@ def tell(models, teller, clip, portrait, texts, seed, solver, seconds=SAID):
     """Every second frame of a portrait that is told something: (n, 128, 128, 3)."""
     speech = control.read_text(teller, texts, seconds)
     z_a, _ = sample.encode_portrait(models, portrait, clip.landmarks[0])
-    motion = torch.cat(list(control.move(models, teller, speech, clip.landmarks[0], None,
-                                         settings(seed, solver))))
-    return np.concatenate(list(sample.decode(models, z_a, motion[::EVERY])))
+    made = control.make_points(models, teller, speech, clip.landmarks[0], None,
+                               settings(seed, solver))
+    return redraw(models, z_a, np.concatenate(list(made))[::EVERY])
 
 
 def back_again(models, frame, points, portrait, to):
@@ -271,7 +258,6 @@ def score_all(plan, clips, models, finder, solver, others):
     numbers = score_poses(clips[:plan.seeded_clips], models, others["landmarks"], finder, solver,
                           truth)
     numbers |= score_cross(plan, clips, models, finder)
-    numbers |= score_relative(plan, clips, models, finder)
     numbers |= score_keeping(some, models, others["landmarks"], finder, solver)
     told, by_word = score_text(models, others["text"], finder, solver)
     odd, by_portrait = score_odd(some, models, finder, solver)

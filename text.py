@@ -57,7 +57,8 @@ def to_bytes(texts):
 
 
 class ByteEncoder(nn.Module):
-    """(B, L) bytes -> (B, D): the mean over letters of a small transformer's output."""
+    """(B, L) bytes -> (B, D): the mean over letters of a small transformer's output. While it learns,
+    a tenth of the letters go unread, so that it does not hang on a wording's very letters."""
 
     def __init__(self, width=128, layers=2, heads=4):
         super().__init__()
@@ -68,6 +69,8 @@ class ByteEncoder(nn.Module):
 
     def forward(self, letters):
         real = letters != PAD
+        if self.training:
+            real[:, 1:] &= torch.rand(real[:, 1:].shape, device=real.device) > .1
         x = self.letter(letters) + self.position[:letters.shape[1]]
         for block in self.blocks:
             x = block(x, real)

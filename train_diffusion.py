@@ -39,7 +39,7 @@ import toy
 import training
 import vae as vaes
 from actions import INSTRUCTIONS, obeyed
-from landmarks import EYE_LEFT, EYE_RIGHT, MOUTH, mouth_opening, region_box
+from landmarks import EYE_LEFT, EYE_RIGHT, IRISES, MOUTH, mouth_opening, region_box
 from text import to_bytes, vectors
 
 # B.1: Adam, rate, inverse square root, batch and frames; the rest is ours
@@ -63,8 +63,8 @@ def arguments(argv):
     what.add_argument("--preset", choices=diffusion.PRESETS, default="toy", help="size")
     what.add_argument("--vae", default=training.SHIPPED / "vae.pt", help="default: the shipped")
     what.add_argument("--data", metavar="FOLDER", help="clips at rest instead of rendered heads")
-    what.add_argument("--clips", type=int, default=4500,
-                      help="rendered clips, made before the first step; fewer are learnt by heart")
+    what.add_argument("--clips", type=int, help="rendered clips, made before the first step; fewer "
+                      "are learnt by heart (default: 4500, or 16000 told what to do)")
     what.add_argument("--driver", choices=("speech", "text"), default="speech",
                       help="what moves the head: a voice, or an instruction")
     what.add_argument("--text-encoder", choices=("bytes", "clip"), default="bytes",
@@ -85,6 +85,7 @@ def arguments(argv):
     args.name = NAMES[args.driver, args.target]
     args.out = args.out or f"runs/{'diffusion' if args.name == 'motion' else args.name}"
     training.settle(args, RECIPES[args.preset], minutes=70.0)
+    args.clips = (16_000 if args.driver == "text" else 4500) if args.clips is None else args.clips
     if args.clips < 1:
         raise media.UserError("--clips must be above zero")
     curves.check_compare(args.compare, "diffusion")
@@ -102,7 +103,7 @@ def region_weights(landmarks, config):
 def point_weights(landmarks):
     """The same for points: (N, 70, 2) -> (N, 1, 70, 1)"""
     weight = torch.ones(1, 1, 70, 1)
-    for region, share in zip(REGIONS, REGION_WEIGHTS):
+    for region, share in zip((*REGIONS, IRISES), (*REGION_WEIGHTS, .25)):
         weight[:, :, region] += share * 70 / len(range(*region.indices(70)))
     return weight.expand(len(landmarks), -1, -1, -1)
 

@@ -104,14 +104,17 @@ def test_redrawn_pictures_are_compared_where_they_should_be(monkeypatch):
 
 
 def test_cross_driving_is_measured_against_the_renderer(clips, monkeypatch):
-    """A result that shows the driver's own points: no distance from them, the targets' shape away
-    from the renderer's drawing, which lies nearer than the portrait held still."""
+    """A result that shows the points it is given: no distance from the driver's own, the targets'
+    shape away from the renderer's drawing, which lies nearer than the portrait held still. Relative
+    points are within a quarter of a pixel of the drawing."""
     monkeypatch.setattr(sample, "encode_portrait", lambda *_: (None, None))
     monkeypatch.setattr(evaluate_control, "redraw", lambda models, z_a, points: points)
     monkeypatch.setattr(evaluate_control, "psnr", lambda *_: 20.0)
     held = evaluate_control.score_cross(PLAN, clips, None, None)
     assert held["akd_cross"]["value"] == 0
     assert 0 < held["akd_cross_true"]["value"] < held["akd_cross_true"]["baseline"]
+    relative = held["akd_cross_true_relative"]
+    assert relative["value"] < .25 and relative["baseline"] > 4 * relative["value"]
 
 
 # ---- ways to steer -------------------------------------------------------------------------------
@@ -143,16 +146,6 @@ def test_a_head_that_obeys_every_pose_is_right_to_the_detectors_limit(clips, mon
     obeys = False
     held = evaluate_control.score_poses(clips, None, None, None, HOW, 20.0)["pose_control_mae"]
     assert held["value"] == pytest.approx(held["baseline"], abs=1.5)
-
-
-def test_a_relative_driver_is_measured_against_the_renderer(clips, monkeypatch):
-    """Where the picture shows the points it is given, relative driving is within a quarter of a
-    pixel of the renderer, raw points are not."""
-    monkeypatch.setattr(sample, "encode_portrait", lambda *_: (None, None))
-    monkeypatch.setattr(evaluate_control, "redraw", lambda models, z_a, points: points)
-    monkeypatch.setattr(evaluate_control, "psnr", lambda *_: 20.0)
-    held = evaluate_control.score_relative(PLAN, clips, None, None)["akd_cross_true_relative"]
-    assert held["value"] < .25 and held["baseline"] > 4 * held["value"]
 
 
 @pytest.mark.parametrize("obeys, right, wrong", [(True, 1.0, .25), (False, 0.0, .25)])
