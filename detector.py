@@ -184,7 +184,7 @@ def find_all(model, picture):
     factor, picture = shrunken(picture)
     boxes, faces = windows(picture), []
     _, sure = look(model, np.stack([cut(picture, box, 128) for box in boxes]))
-    found = [find(model, picture, 2, box) for box, s in zip(boxes, sure) if s > .5]
+    found = [find(model, picture, 4, box) for box, s in zip(boxes, sure) if s > .5]  # off the gaps
     for points, s in sorted(found, key=lambda face: -np.ptp(face[0], axis=0).prod()):
         where = [(points.mean(0) - (x, y)) / side for x, y, side in (crop_box(p) for p, _ in faces)]
         if s >= SURE and not any((0 < at).all() and (at < 1).all() for at in where):

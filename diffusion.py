@@ -355,8 +355,8 @@ def embed_time(t, width):
 def draw(seed, step, k, n, config):
     """All that is random for sample k of a step: noise, time, prefix length, dropped conditions.
 
-    Words change a face for seconds, and z_t shows that long before it is clean: nearly all that they
-    tell, they tell near t = 1, where most of their times lie.
+    Words change a face for seconds, and z_t shows that long before it is clean: nearly all that
+    they tell, they tell near t = 1, where most of their times lie.
     """
     rng = np.random.default_rng((seed, step, k, 1))
     key = torch.Generator().manual_seed(int(rng.integers(2 ** 63)))

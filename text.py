@@ -57,8 +57,8 @@ def to_bytes(texts):
 
 
 class ByteEncoder(nn.Module):
-    """(B, L) bytes -> (B, D): the mean over letters of a small transformer's output. While it learns,
-    a tenth of the letters go unread, so that it does not hang on a wording's very letters."""
+    """(B, L) bytes -> (B, D): the mean over letters of a small transformer's output. While it
+    learns, a tenth of the letters go unread, so that it does not hang on a wording's own."""
 
     def __init__(self, width=128, layers=2, heads=4):
         super().__init__()
