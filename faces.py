@@ -166,12 +166,12 @@ def expressive_points(identity, expression):
 
 class View:
     """Where 3-D points fall in a square picture: turned by the pose (N, 3) in degrees, swayed by
-    `shift` (N, 2) in units, and framed by `crop_box` of the clip's own landmarks, moved and scaled
-    by `jitter` (dx, dy, zoom) as a user's picture would be."""
+    `shift` (N, 2) in units, and framed by `crop_box` of the clip's own landmarks, or of the first
+    frame's alone (`first`), moved and scaled by `jitter` (dx, dy, zoom) as a user's picture is."""
 
-    def __init__(self, pose, shift, size, landmarks, jitter=(0, 0, 1)):
+    def __init__(self, pose, shift, size, landmarks, jitter=(0, 0, 1), first=False):
         self.turn, self.shift, self.size = rotation(pose), shift[:, None], size
-        x, y, side = crop_box(self._flat(landmarks) * (1, -1))
+        x, y, side = crop_box(self._flat(landmarks)[:1 if first else None] * (1, -1))
         side *= jitter[2]
         self.zoom = size / side
         self.corner = np.array([x + jitter[0] * side, y + jitter[1] * side])

@@ -15,10 +15,11 @@ from faces import (IRIS, SCALE, SKULL, SKULL_CENTRE, View, expressive_points, mi
 class Painter:
     """Draws one identity in N poses and expressions. `landmarks` (N, 70, 2): small picture's px."""
 
-    def __init__(self, identity, pose, expression, shift, size=128, jitter=(0, 0, 1), mask=False):
+    def __init__(self, identity, pose, expression, shift, size=128, jitter=(0, 0, 1), mask=False,
+                 first=False):
         self.identity, self.size = identity, size
         points = expressive_points(identity, expression)                     # (N, 70, 3)
-        self.view = View(pose, shift, size * SCALE, points, jitter)
+        self.view = View(pose, shift, size * SCALE, points, jitter, first)
         self.expression = np.asarray(expression)
         pixels = self.view.pixels(points)
         self.landmarks = ((pixels + .5) / SCALE - .5).astype(np.float32)

@@ -62,6 +62,7 @@ class ToyClip:
     said: np.ndarray | None = None
     size: int = 128
     jitter: tuple = (0.0, 0.0, 1.0)
+    first: bool = False         # framed by its first frame alone, as a portrait is
     defect: str | None = None
     intruder: ToyClip | None = field(default=None, repr=False)
 
@@ -69,7 +70,7 @@ class ToyClip:
     def painter(self):
         m = self.motion
         return Painter(self.identity, m.pose, m.expression, m.sway, self.size, self.jitter,
-                       mask=self.defect == "mask")
+                       self.defect == "mask", self.first)
 
     @cached_property
     def landmarks(self):
@@ -208,8 +209,13 @@ def make_clip(seed, seconds, size=128, held_out=False, defect=None, steered=Fals
     n = round(seconds * media.FPS)
     speech = voices.make_speech(says, seconds, silence_share=1.0 if defect == "silence" else .03)
     clip = ToyClip(random_identity(who), make_motion(moves, n, speech, steered), speech, size=size,
-                   jitter=(*moves.uniform(-.02, .02, 2), moves.uniform(.94, 1.06)), defect=defect)
+                   jitter=random_jitter(moves), defect=defect)
     return _spoil(clip, moves) if defect else clip
+
+
+def random_jitter(rng):
+    """How far a user's picture is off: (dx, dy) in sides of the crop, and its zoom."""
+    return *rng.uniform(-.02, .02, 2), rng.uniform(.94, 1.06)
 
 
 def make_portraits(seed, count, size=128, close=False, **looks):
@@ -259,7 +265,10 @@ def _spoil(clip, rng):
 
 def instruct(seed, seconds, held_out=False, actions=None, size=128, parts=1):
     """A silent clip whose head obeys instructions, `parts` of them one after another; `text` says
-    which, joined by " | ", and `said` (N,) which is in force. Each is one action or two."""
+    which, joined by " | ", and `said` (N,) which is in force. Each is one action or two.
+
+    It is framed by its first frame: the median of a head that turned left lies at the left, and
+    would tell a model what was asked before it reads."""
     seed = seed + HELD_OUT * held_out
     who, words, moves = (np.random.default_rng((seed, k)) for k in (0, 4, 2))
     motion, texts = make_motion(moves, round(seconds * media.FPS)), []
@@ -269,7 +278,8 @@ def instruct(seed, seconds, held_out=False, actions=None, size=128, parts=1):
         texts.append(" and ".join(wording(words, a, held_out) for a in chosen))
         frames = np.flatnonzero(said == k) / media.FPS
         obey(motion, chosen, frames[0] + .3, frames[-1] + .3 if k + 1 < parts else math.inf)
-    return ToyClip(random_identity(who), motion, text=" | ".join(texts), said=said, size=size)
+    return ToyClip(random_identity(who), motion, text=" | ".join(texts), said=said, size=size,
+                   jitter=random_jitter(moves), first=True)
 
 
 def obey(motion, actions, start=.3, end=math.inf):

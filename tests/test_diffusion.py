@@ -551,10 +551,23 @@ def test_points_can_stand_where_latents_do():
     assert diffusion.draw(0, 0, 0, 9, config)["noise"].shape == (9, 2, 70, 1)
 
 
-@pytest.mark.parametrize("driver, share", [("speech", .1), ("bytes", .46)])
-def test_words_are_learnt_where_nothing_else_tells(driver, share):
-    """Above t = .9 lies a tenth of speech's times, and of words' as many as (.1)^(1/3)."""
+@pytest.mark.parametrize("driver, late, last", [("speech", .1, 0), ("bytes", .625, .3)])
+def test_words_are_learnt_where_nothing_else_tells(driver, late, last):
+    """Above t = .9 lies a tenth of speech's times; of words' three tenths are 1, and of the others
+    as many as (.1)^(1/3) lie there."""
     config = diffusion.MotionConfig(driver=driver, speech_features=10, motion_size=2)
     times = torch.stack([diffusion.draw(0, 0, k, 4, config)["t"] for k in range(2000)])
     assert diffusion.LAST <= times.min() and times.max() <= 1
-    assert (times > .9).float().mean().item() == pytest.approx(share, abs=.04)
+    assert (times > .9).float().mean().item() == pytest.approx(late, abs=.04)
+    assert (times == 1).float().mean().item() == pytest.approx(last, abs=.04)
+
+
+def test_at_the_last_time_nothing_of_the_motion_is_seen(monkeypatch):
+    """z_1 is the noise itself in training, as it is in sampling; at t < 1 it is eq. 5."""
+    model, held = tiny(), training_batch()
+    held["t"][:] = torch.tensor([1, 1, .5, .9])
+    seen, denoise = [], model.denoise
+    monkeypatch.setattr(model, "denoise", lambda z, *rest: seen.append(z) or denoise(z, *rest))
+    diffusion.Objective(model)(held)
+    torch.testing.assert_close(seen[0][:2], held["noise"][:2], rtol=0, atol=0)
+    torch.testing.assert_close(seen[0][2:], SDE.perturb(held["motion"], held["t"], held["noise"])[2:])

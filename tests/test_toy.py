@@ -11,7 +11,7 @@ import pytest
 import media
 import toy
 from faces import EXPRESSION, NEUTRAL, random_identity
-from landmarks import eye_opening, head_pose, mouth_opening
+from landmarks import crop_box, eye_opening, head_pose, mouth_opening
 from painter import Painter
 
 AT = toy.AT
@@ -258,6 +258,18 @@ def test_instruction_words():
             assert not clip.sound.any() and len(clip.sound) == 2 * media.RATE
     trained = {w for train, _, _ in toy.INSTRUCTIONS.values() for w in train}
     assert trained.isdisjoint(w for _, held, _ in toy.INSTRUCTIONS.values() for w in held)
+
+
+def test_the_first_frame_does_not_tell_what_was_asked():
+    """Heads that do different things begin as one picture, off the middle as a user's portrait is."""
+    left, right, mouth = (toy.instruct(5, 2.0, actions=[a]) for a in
+                          ("turn_left", "turn_right", "open_mouth"))
+    assert np.abs(left.landmarks[-1] - right.landmarks[-1]).max() > 8
+    for clip in (right, mouth):
+        np.testing.assert_array_equal(left.landmarks[0], clip.landmarks[0])
+        np.testing.assert_array_equal(left.frame(0), clip.frame(0))
+    x, y, side = np.array([crop_box(toy.instruct(k, .4).landmarks[0]) for k in range(8)]).T
+    assert min(np.std(x / side), np.std(y / side)) > .005 and 3 < np.std(side) < 9
 
 
 def test_portraits_share_an_identity():
