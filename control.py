@@ -5,8 +5,8 @@
     dubbing     --keep-from, --edit     points made around the video's that are held        D.2
     words       --text                  what takes the speech's place                       E
 
-Angles, held faces and words move points, made by a model over landmarks (`landmarks.pt`, `text.pt`)
-and encoded by E_M; a free pose, P's and the portrait's own move S's latents (`motion.pt`).
+Words, held faces, angles and tracks move points, made by a model over landmarks (`landmarks.pt`,
+`text.pt`) and encoded by E_M; speech with another --pose moves S's latents (`motion.pt`).
 
 Each function turns what a user gives into what `diffusion` takes, or straight into motion latents.
 Letters: N frames, n of them. Not in the paper: --relative.
@@ -100,14 +100,14 @@ def read_poses(path):
     """A track of head poses from a CSV: pitch, yaw, roll in degrees, a line a frame. -> (N, 3)"""
     media.check_file(path)
     rows = []
-    with open(path, errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 rows += [[float(v) for v in line.split(",")]] if line.strip() else []
                 if rows and (len(rows[-1]) != 3 or not np.abs(rows[-1]).max() <= STEEPEST):
                     raise ValueError
             except ValueError:
-                if number > 1:                                  # the first may name the columns
+                if number > 1 or any(map(str.isdigit, line)):   # the first may name the columns
                     raise media.UserError(f"{path}: line {number} is not `pitch,yaw,roll` in "
                                           f"degrees within {STEEPEST}: {line.strip()[:60]!r}"
                                           ) from None
@@ -159,12 +159,14 @@ def make_points(models, maker, speech, points, pose, args, held=None):
         p = torch.as_tensor(points, device=models.device).mT[..., None] / size       # (N, 2, 70, 1)
         return (p - maker.mean) / maker.std
     size = models.vae.config.size
+    if pose is not None:
+        pose = torch.tensor(np.float32(pose), device=models.device)[None]
     if held:
         known, which = normalised(held[0])[None], held[1].to(models.device)
         held = known, which.view(POINTS, 1).expand(known.shape)
     for window in diffusion.sample_motion(
-            maker.motion, speech[None], normalised(points[None]), None if pose is None else
-            pose[None], [args.seed], args.sampler, args.steps, guidance=args.guidance, held=held,
+            maker.motion, speech[None], normalised(points[None]), pose, [args.seed], args.sampler,
+            args.steps, guidance=args.guidance, held=held,
             from_reference=maker.motion.config.driver != "speech"):
         yield ((window[0] * maker.std + maker.mean)[..., 0].mT * size).cpu().numpy()
 
@@ -177,29 +179,27 @@ def held_but(edit):
     return held
 
 
-def keep(models, maker, speech, points, video, edit, args):
-    """Dub a face (D.2): the parts named by `edit` are made from the speech, the other points are
-    held to the video's (N, 70, 2) px. -> (n, 3, h_m, w_m), normalised."""
-    pose = torch.tensor(head_pose(video), device=models.device)
-    for made in make_points(models, maker, speech, points, pose, args, (video, held_but(edit))):
-        yield from encode_points(models, made)
-
-
-def move(models, maker, speech, points, pose, args):
-    """Points from speech or words, turned to the very poses (N, 3) asked for, if any are. -> as
-    `keep`.
+def move(models, maker, speech, points, pose, args, held=None):
+    """Motion latents of `make_points`, (n, 3, h_m, w_m), normalised; where none are held, the
+    points are turned to the very poses asked for, if any are.
 
     S over latents nods about a third as far as it is asked to: in latents, which tell where lines
     are by the cells they cross, a turn of the head is no simple thing. In points it is a matrix.
     """
-    asked = None if pose is None else iter(pose.cpu().numpy())
-    for made in make_points(models, maker, speech, points, pose, args):
-        if asked:
-            made = turned(made, np.stack([next(asked) for _ in made]))
+    done = 0
+    for made in make_points(models, maker, speech, points, pose, args, held):
+        if pose is not None and not held:
+            made = turned(made, pose[done:done + len(made)])
+        done += len(made)
         yield from encode_points(models, made)
 
 
+@torch.inference_mode()
 def read_text(maker, texts, seconds, clip=None):
-    """Instructions one after another, each for `seconds`, as speech features: (N, d_s)."""
-    said = vectors(texts, getattr(maker.motion, "text_encoder", None), clip)
-    return said.repeat_interleave(round(seconds * media.FPS), 0).to(maker.device)
+    """Instructions one after another, each for `seconds`, as speech features: (N, d_s). clip: the
+    folder of CLIP's weights, where the model reads its features."""
+    encoder = getattr(maker.motion, "text_encoder", None)
+    told = vectors(texts, encoder, clip and data.open_clip(clip)).to(maker.device)
+    n = round(seconds * media.FPS)
+    k = torch.arange(n * len(texts), device=maker.device)[None]
+    return diffusion.in_force(told[None], k // n, k % n)[0]

@@ -144,10 +144,11 @@ def toy_motion(k, seed=0, seconds=4.8, size=128, augment=True, kind="mel", weigh
 
 def toy_text(k, seed=0, seconds=4.8, size=128):
     """Clip k of a run of instructions: landmarks, pose, two texts, one after another or twice the
-    same, and which is in force (N,)."""
+    same, and which is in force (N,), since how many frames (N,)."""
     clip = toy.instruct(training_seed(seed, k), seconds, size=size, parts=1 + k % 2)
     return {"landmarks": clip.landmarks, "pose": clip.pose, "steered": False,
-            "texts": (clip.text.split(" | ") * 2)[:2], "said": clip.said}
+            "texts": (clip.text.split(" | ") * 2)[:2], "said": clip.said,
+            "since": np.arange(len(clip)) - np.searchsorted(clip.said, clip.said)}
 
 
 def open_clip(folder):

@@ -291,12 +291,6 @@ class MotionModel(nn.Module):
         self.out = nn.Linear(d, config.values)
         nn.init.zeros_(self.out.weight)
 
-    def read(self, letters, said):
-        """What takes the speech's place (E): instructions as bytes (B, T, L), and which of the T
-        is in force in each frame (B, N) -> (B, N, d_s)."""
-        vectors = self.text_encoder(letters.flatten(0, 1)).unflatten(0, letters.shape[:2])
-        return vectors.gather(1, said[..., None].expand(-1, -1, vectors.shape[-1]))
-
     def condition(self, speech, pose=None, mask=None, keep_speech=None, keep_pose=None):
         """A's output, and the same with the pose added by a linear layer, conditions dropped.
 
@@ -345,10 +339,17 @@ class MotionModel(nn.Module):
 
 
 def embed_time(t, width):
-    """Sinusoids of 1000 t, so that t in [0, 1] turns them as whole steps would. (B,) -> (B, D)."""
+    """Sinusoids of 1000 t, so that t in [0, 1] turns them as steps would. (...) -> (..., D)."""
     f = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(10_000) / (width // 2)))
-    angle = 1000 * t[:, None] * f                                             # (B, D/2)
+    angle = 1000 * t[..., None] * f                                           # (..., D/2)
     return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def in_force(vectors, said, since):
+    """What takes the speech's place (E): of T instructions (B, T, d_s) the one that is in force in
+    each frame, and, so that a nod has its time, since how many; both (B, N) -> (B, N, d_s)."""
+    held = vectors.gather(1, said[..., None].expand(-1, -1, vectors.shape[-1]))
+    return held + embed_time(since / 1000, vectors.shape[-1])
 
 
 # ---- training, eq. 8 -----------------------------------------------------------------------------
@@ -357,15 +358,17 @@ def draw(seed, step, k, n, config):
     """All that is random for sample k of a step: noise, time, prefix length, dropped conditions.
 
     Words change a face for seconds, which is seen in z_t long before a lip is: even z_1, with .0066
-    of z_0 in it, tells left from right in three cases of four. Learning from that alone needs no
-    reading, and obeys the noise later. So times lie near t = 1, and many at 1, with noise alone.
+    of z_0 in it, tells left from right in three cases of four; who learns that need not read. So
+    times lie near t = 1, many at 1 with noise alone, and a frame is given, as the portrait's is.
     """
     rng = np.random.default_rng((seed, step, k, 1))
     key = torch.Generator().manual_seed(int(rng.integers(2 ** 63)))
-    longest, t = min(2 * config.prefix, n - 1), 1 - (1 - LAST) * rng.random()
-    if config.driver != "speech":
+    longest, words = min(2 * config.prefix, n - 1), config.driver != "speech"
+    has_prefix = rng.random() < HAS_PREFIX and longest > 0
+    prefix = int(rng.integers(1, longest + 1)) if has_prefix else words * min(longest, 1)
+    t = 1 - (1 - LAST) * rng.random()
+    if words:
         t = 1.0 if rng.random() < ONLY_NOISE else 1 - (1 - t) ** 3
-    prefix = int(rng.integers(1, longest + 1)) if rng.random() < HAS_PREFIX and longest > 0 else 0
     return {"noise": torch.randn(n, *config.shape, generator=key),
             "t": torch.tensor(t, dtype=torch.float32),
             "given": torch.arange(n) < prefix,
@@ -390,11 +393,14 @@ class Objective(nn.Module):
 
     def forward(self, batch):
         """batch: motion (B, N, 3, h, w), weight (B, N, 1, h, w), reference (B, 3, h, w), pose
-        (B, N, 3), reference_pose (B, 3), speech (B, N, d_s) or letters (B, T, L) and said (B, N),
-        steered (B,) bool, mask (B, N), and what `draw_batch` gives -> {"motion", "pose"}, each a
-        sum over the frames that `counted` counts: a batch may be cut anywhere."""
+        (B, N, 3), reference_pose (B, 3), speech (B, N, d_s) or letters (B, T, L), said and since
+        (B, N), steered (B,) bool, mask (B, N), and what `draw_batch` gives -> {"motion", "pose"},
+        each a sum over the frames that `counted` counts: a batch may be cut anywhere."""
         b, model = batch, self.model
-        speech = b["speech"] if "speech" in b else model.read(b["letters"], b["said"])
+        speech = b.get("speech")
+        if speech is None:
+            told = model.text_encoder(b["letters"].flatten(0, 1)).unflatten(0, (len(b["mask"]), -1))
+            speech = in_force(told, b["said"], b["since"])
         z_t = self.sde.perturb(b["motion"], b["t"], b["noise"])               # eq. 5
         z_t = torch.where((b["t"] < 1)[:, None, None, None, None], z_t, b["noise"])
         encoded, condition = model.condition(speech, b["pose"], b["mask"], b["keep_speech"],

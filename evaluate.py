@@ -38,8 +38,8 @@ import toy
 import voices
 from landmarks import (EYE_LEFT, EYE_RIGHT, MOUTH, head_pose, mouth_opening, point_error,
                        region_box)
-from metrics import (LEAST_SPREAD, SECONDS, SIZE, blink_rate, encode_track, held_out, loudness,
-                     pearson, psnr, psnr_in, redraw, score, speak)
+from metrics import (LEAST_SPREAD, SECONDS, SIZE, blink_rate, held_out, loudness, pearson, psnr,
+                     psnr_in, redraw, score, speak)
 
 SAMPLER_STEPS = (1, 2, 5, 10, 20, 50, 150)
 
@@ -270,7 +270,7 @@ def score_samplers(models, finder, clips, how):
         z_a, reference = sample.encode_portrait(models, frames[0], clip.landmarks[0])
         speech = sample.hear(models, clip.sound)[:n]
         prepared.append((z_a, reference, speech, control.poses(models, speech, clip.pose[0], how)))
-        track = encode_track(models, clip.landmarks[:n])
+        track = torch.cat(list(control.encode_points(models, clip.landmarks[:n])))
         true.append(track.flatten(1).cpu().double().numpy())
         opening.append(mouth_opening(clip.landmarks[:n]))
     axes = np.linalg.svd(np.concatenate(true) - np.concatenate(true).mean(0), False)[2][:16].T
@@ -299,15 +299,6 @@ def score_samplers(models, finder, clips, how):
                      "distance": float(frechet(statistics(tracks), statistics(true))),
                      "seconds": seconds})
     return {"rows": rows, "seconds_of_speech": n / media.FPS}
-
-
-def show_samplers(table):
-    print(f"{'sampler':16}{'steps':>6}{'lip_r_mean8':>13}{'distance':>10}{'seconds':>9}")
-    for row in table["rows"]:
-        print(f"{row['sampler']:16}{row['steps']:6}{row['lip_r_mean8']:13.3f}"
-              f"{row['distance']:10.2f}{row['seconds']:9.3f}")
-    print(f"seconds for {table['seconds_of_speech']:.2f} s of speech; distances have an order, no "
-          "scale")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -351,7 +342,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     args.pose = control.asked_pose(args.pose)
     if args.table and args.sheet or args.table == "control" and args.pose != "free":
-        raise media.UserError("--sheet and --pose belong to the plain table; leave them out")
+        raise media.UserError("--sheet goes with no table, --pose not with control; leave it out")
+    if not isinstance(args.pose, str):
+        raise media.UserError("--pose: angles are measured by `python evaluate.py control`")
     began = time.monotonic()
     for path in filter(None, (args.json, args.sheet)):
         media.check_writable(path)
@@ -366,7 +359,7 @@ def main(argv=None):
     count = min(plan.clips, 4) if args.table == "samplers" else plan.clips
     solver = (args.sampler, args.steps)
     if args.table == "control":
-        others = {name: sample.load_models(args.checkpoint, args.device, args.wav2vec2, name)
+        others = {name: sample.load_maker(args.checkpoint, models, name)
                   for name in ("landmarks", "text")}
         if others["text"].motion.config.driver == "clip":
             raise media.UserError(f"{args.checkpoint}: text.pt reads CLIP's features; only one "
@@ -374,26 +367,24 @@ def main(argv=None):
     clips = data.in_parallel(held_out, range(count), args.workers, "rendering the truth")
     if args.table == "samplers":
         numbers = score_samplers(models, finder, clips, args.pose)
-        show_samplers(numbers)
+        names = ("lip_r_mean8", "distance", "seconds")
+        show_tables({f"{', '.join(names)} for {numbers['seconds_of_speech']} s": {
+            f"{r['sampler']} {r['steps']}": [r[k] for k in names] for r in numbers["rows"]}})
         return write(args.json, numbers | {"toy_version": toy.TOY_VERSION})
     if args.table == "control":
         numbers, tables = evaluate_control.score_all(plan, clips, models, finder, solver, others)
-        show(numbers)
-        show_tables(tables)
-        about = show_about(args, name, began)
-        return write(args.json, about | numbers | {"tables": tables})
-
+    else:
+        speed, tables = score_speed(args, clips[0][1][0]), {}
+        numbers, floor = score_truth(plan, clips, finder)
+        numbers |= score_self(plan, clips, models, finder, floor)
+        numbers |= evaluate_control.score_cross(plan, clips, models, finder)
+        numbers |= score_speech(plan, clips, models, finder, args.pose, *solver)
+        numbers |= score_long(plan, clips, models, finder, args.pose, *solver) | speed
     if args.sheet:
         draw_sheet(args.sheet, clips, models)
-    speed = score_speed(args, clips[0][1][0])
-    numbers, floor = score_truth(plan, clips, finder)
-    numbers |= score_self(plan, clips, models, finder, floor)
-    numbers |= evaluate_control.score_cross(plan, clips, models, finder)
-    numbers |= score_speech(plan, clips, models, finder, args.pose, *solver)
-    numbers |= score_long(plan, clips, models, finder, args.pose, *solver)
-    numbers |= speed
     show(numbers)
-    write(args.json, show_about(args, name, began) | numbers)
+    show_tables(tables)
+    write(args.json, show_about(args, name, began) | numbers | {"tables": tables})
 
 
 def write(path, numbers):

@@ -24,27 +24,22 @@ import sample
 import toy
 from actions import INSTRUCTIONS, obeyed
 from landmarks import (BROWS, EYE_LEFT, EYE_RIGHT, MOUTH, head_pose, mouth_opening,
-                       point_error, region_box, retarget)
-from metrics import LEAST_SPREAD, SIZE, blink_rate, found_in, pearson, psnr, redraw, score, speak
+                       point_error, region_box, retarget, visible)
+from metrics import LEAST_SPREAD, SIZE, blink_rate, pearson, psnr, redraw, score, speak
 
 TURNS = [(p, y, 0) for p in (-20, 0, 20) for y in (-20, 0, 20)] + [(0, 0, -20), (0, 0, 20)]
 WEIGHTS = (0.0, .5, 1.0, 1.5, 2.0, 3.0)          # of guidance
-EVERY = 2                                        # which frames of told heads are looked at
+EVERY = 2                                        # which frames are looked at where few will do
 SAID = 3.2                                       # seconds that each instruction is given
 
 
-def turn(models, keeper, finder, portrait, points, sound, pose, solver):
-    """Points of a portrait that speaks in one pose, as sample.py makes it: (1, n, 70, 2)."""
-    speech = sample.hear(models, sound)
-    asked = torch.tensor(pose, dtype=torch.float32).expand(len(speech), 3)
+def steer(models, maker, portrait, points, speech, pose, seed, solver, every=1, held=None):
+    """Frames of a portrait that moves through points, as sample.py makes them, to be looked at by
+    the detector: (n, 128, 128, 3)."""
+    flags = argparse.Namespace(seed=seed, sampler=solver[0], steps=solver[1], guidance=1.0)
     z_a, _ = sample.encode_portrait(models, portrait, points)
-    made = control.move(models, keeper, speech, points, asked, settings(0, solver))
-    return found_in(models, finder, z_a, torch.cat(list(made))[None])
-
-
-def settings(seed, solver):
-    """What `control` reads of sample.py's flags."""
-    return argparse.Namespace(seed=seed, sampler=solver[0], steps=solver[1], guidance=1.0)
+    made = torch.cat(list(control.move(models, maker, speech, points, pose, flags, held)))
+    return np.concatenate(list(sample.decode(models, z_a, made[::every])))
 
 
 def lips(tracks, clip, every=1):
@@ -61,11 +56,14 @@ def score_poses(clips, models, keeper, finder, solver, truth):
     truth: blinks a minute of true heads."""
     errors, alone, limit = [], [], []
     for clip, frames in tqdm(clips[:4], "poses asked for", leave=False):
-        given = finder, frames[0], clip.landmarks[0], clip.sound[:16_000]
+        portrait, points, sound = frames[0], clip.landmarks[0], clip.sound[:16_000]
+        speech = sample.hear(models, sound)
         for pose in TURNS:
-            for found, rows in ((turn(models, keeper, *given, pose, solver), errors),
-                                (speak(models, *given, pose, [0], solver)[0], alone)):
-                rows.append(np.abs(head_pose(found[0]) - pose).mean())
+            found = detectors.find_in_crops(finder, steer(models, keeper, portrait, points, speech,
+                                                          [pose] * len(speech), 0, solver))
+            errors.append(np.abs(head_pose(found) - pose).mean())
+            found, _ = speak(models, finder, portrait, points, sound, pose, [0], solver)
+            alone.append(np.abs(head_pose(found[0]) - pose).mean())
         face = (np.repeat(v[:1], len(TURNS), 0) for v in (clip.motion.expression, clip.motion.sway))
         turned = toy.ToyClip(clip.identity, toy.Motion(np.array(TURNS, dtype=float), *face),
                              size=SIZE, jitter=clip.jitter)
@@ -123,37 +121,28 @@ def score_cross(plan, clips, models, finder):
 def score_keeping(clips, models, keeper, finder, solver):
     """A head's own video with another's voice: held points stay, lips follow the new voice. Beside
     how far off they are: the same where D redraws the whole video ("truth")."""
-    rows, edit = {k: [] for k in ("off", "redrawn", "kept", "free")}, ("mouth", "jaw")
+    rows = {k: [] for k in ("off", "redrawn", "kept", "free")}
     for k, (clip, frames) in enumerate(tqdm(clips, "dubbing", leave=False)):
         voice, portrait, points = clips[(k + 1) % len(clips)][0], frames[0], clip.landmarks
         speech = sample.hear(models, voice.sound)
         z_a, _ = sample.encode_portrait(models, portrait, points[0])
-        tracks = [torch.cat(list(control.keep(
-            models, keeper, speech, points[0], points, edit, settings(seed, solver))))
-            for seed in range(4)]
-        found = found_in(models, finder, z_a, torch.stack(tracks)[:, ::EVERY])
+        held = points, control.held_but(("mouth", "jaw"))
+        found = np.stack([detectors.find_in_crops(finder, steer(
+            models, keeper, portrait, points[0], speech, clip.pose, seed, solver, EVERY, held))
+            for seed in range(4)])
         redrawn = detectors.find_in_crops(finder, redraw(models, z_a, points[::EVERY]))
         for name, track in (("off", found), ("redrawn", redrawn)):
             off = np.sqrt(((track - points[::EVERY]) ** 2).sum(-1))          # (..., n, 70)
-            rows[name].append(off[..., control.held_but(edit)].mean())
+            rows[name].append(off[..., held[1] & visible(points[::EVERY])].mean())
         rows["kept"].append(lips(found, voice, EVERY))
         free, _ = speak(models, finder, portrait, points[0], voice.sound, "free", range(4), solver,
-                     EVERY)
+                        EVERY)
         rows["free"].append(lips(free, voice, EVERY))
     return {"keep_err_px": score(rows["off"], truth=np.mean(rows["redrawn"])),
             "lip_r_kept": score(rows["kept"], truth=np.nanmean(rows["free"]))}
 
 
 # ---- words ---------------------------------------------------------------------------------------
-
-def tell(models, teller, clip, portrait, texts, seed, solver, seconds=SAID):
-    """Every second frame of a portrait that is told something: (n, 128, 128, 3)."""
-    speech = control.read_text(teller, texts, seconds)
-    z_a, _ = sample.encode_portrait(models, portrait, clip.landmarks[0])
-    made = control.make_points(models, teller, speech, clip.landmarks[0], None,
-                               settings(seed, solver))
-    return redraw(models, z_a, np.concatenate(list(made))[::EVERY])
-
 
 def back_again(models, frame, points, portrait, to):
     """PSNR of a frame led back to the portrait's points by the VAE, outside eyes, brows, mouth."""
@@ -176,37 +165,38 @@ def score_text(models, teller, finder, solver, heads=10):
     names = list(INSTRUCTIONS)
     clips = [toy.make_clip(300 + k, .2, SIZE, held_out=True) for k in range(heads)]
     portraits = [clip.frame(0) for clip in clips]
-    far, kept, itself, another = {}, [], [], []
+    kept, far = [], {}
+    itself, another = (np.mean([back_again(
+        models, portraits[k - by], clips[k - by].landmarks[0], portraits[k], clips[k].landmarks[0])
+        for k in range(heads)]) for by in (0, 1))
     for name in tqdm(names, "instructions", leave=False):
         for k, (clip, portrait) in enumerate(zip(clips, portraits)):
             words = INSTRUCTIONS[name][1][k % 2]
-            made = tell(models, teller, clip, portrait, [words], k, solver)
+            speech = control.read_text(teller, [words], SAID)
+            made = steer(models, teller, portrait, clip.landmarks[0], speech, None, k, solver,
+                         EVERY)
             found = detectors.find_in_crops(finder, made)
             far[name, k] = {a: obeyed(found, a, every=EVERY) >= 1 for a in names}
             if names.index(name) < 10:
-                to = portrait, clip.landmarks[0]
-                kept.append(back_again(models, made[-1], found[-1], *to))
-                other = (k + 1) % heads
-                itself.append(back_again(models, portrait, clip.landmarks[0], *to))
-                another.append(back_again(models, portraits[other], clips[other].landmarks[0], *to))
+                kept.append(back_again(models, made[-1], found[-1], portrait, clip.landmarks[0]))
     table = {a: (float(np.mean([far[a, k][a] for k in range(heads)])),
                  float(np.mean([far[b, k][a] for b in names if b != a for k in range(heads)])))
              for a in names}
     right, wrong = np.array(list(table.values())).T
     return {"text_accuracy": score(right), "text_accuracy_shuffled": score(wrong),
-            "text_identity": score(kept, truth=np.mean(itself), shuffled=np.mean(another))}, table
+            "text_identity": score(kept, truth=itself, shuffled=another)}, table
 
 
 # ---- guidance, odd portraits ---------------------------------------------------------------------
 
 def score_guidance(clips, models, finder, solver):
-    """{weight: (lip_r_mean8 of four seeds, lip_gain, seed_diversity)}"""
+    """{weight: (correlation of the lips' mean over four seeds, lip_gain, seed_diversity)}"""
     table = {}
     for weight in tqdm(WEIGHTS, "guidance", leave=False):
         rows = []
         for clip, frames in clips:
             found, _ = speak(models, finder, frames[0], clip.landmarks[0], clip.sound, "free",
-                          range(4), solver, 4, weight)
+                             range(4), solver, 4, weight)
             opening, true = mouth_opening(found), mouth_opening(clip.landmarks)[::4]
             spread = np.sqrt((found.std(0) ** 2).sum(-1)).mean()
             gain = opening.std(1).mean() / true.std() if true.std() > LEAST_SPREAD else np.nan
@@ -217,19 +207,15 @@ def score_guidance(clips, models, finder, solver):
 
 def odd_portraits(clip):
     """Portraits of a clip's identity that speech rarely shows: {name: ToyClip of one frame}."""
-    changes = {"frontal": {}, "eyes closed": {"lid_left": 0.0, "lid_right": 0.0},
-               "mouth open": {"jaw": .9}, "yaw 25": {"yaw": 25}, "yaw -25": {"yaw": -25},
-               "tilted": {"roll": 15}}
+    shut, straight = {"lid_left": 0.0, "lid_right": 0.0}, (0, 0, 0)
     made = {}
-    for name, change in changes.items():
-        pose, expression = np.zeros((1, 3)), toy.NEUTRAL[None].copy()
-        for part, value in change.items():
-            if part in toy.ANGLES:
-                pose[0, toy.ANGLES.index(part)] = value
-            else:
-                expression[0, toy.AT[part]] = value
-        made[name] = toy.ToyClip(clip.identity, toy.Motion(pose, expression, np.zeros((1, 2))),
-                                 size=SIZE)
+    for name, pose, changes in (("frontal", straight, {}), ("eyes closed", straight, shut),
+                                ("mouth open", straight, {"jaw": .9}), ("yaw 25", (0, 25, 0), {}),
+                                ("yaw -25", (0, -25, 0), {}), ("tilted", (0, 0, 15), {})):
+        face = toy.NEUTRAL.copy()
+        face[[toy.AT[part] for part in changes]] = list(changes.values())
+        still = toy.Motion(np.array([pose], dtype=float), face[None], np.zeros((1, 2)))
+        made[name] = toy.ToyClip(clip.identity, still, size=SIZE)
     return made
 
 
@@ -239,9 +225,9 @@ def score_odd(clips, models, finder, solver):
     for clip, _ in tqdm(clips, "odd portraits", leave=False):
         for name, still in odd_portraits(clip).items():
             found, _ = speak(models, finder, still.frame(0), still.landmarks[0], clip.sound, "free",
-                          range(4), solver)
-            rows.setdefault(name, []).append((lips(found, clip),
-                                              np.mean([blink_rate(track) for track in found])))
+                             range(6), solver, EVERY)
+            blinks = np.mean([blink_rate(track, EVERY) for track in found])
+            rows.setdefault(name, []).append((lips(found, clip, EVERY), blinks))
     table = {name: tuple(float(v) for v in np.nanmean(r, 0)) for name, r in rows.items()}
     r, blinks = np.array([table[name] for name in table if name != "frontal"]).T
     straight = table["frontal"]
@@ -263,6 +249,6 @@ def score_all(plan, clips, models, finder, solver, others):
     odd, by_portrait = score_odd(some, models, finder, solver)
     return numbers | told | odd, {
         "instructions (obeyed, obeyed when told something else)": by_word,
-        "guidance (lip_r_mean8, lip_gain, seed_diversity)":
+        "guidance (lip_r, lip_gain, seed_diversity)":
             {str(w): row for w, row in score_guidance(some, models, finder, solver).items()},
-        "portraits (lip_r_mean8, blinks a minute)": by_portrait}
+        "portraits (lip_r, blinks a minute)": by_portrait}

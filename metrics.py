@@ -59,17 +59,18 @@ def pearson(a, b):
         return (a * b).sum(-1) / np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1))
 
 
-def count_blinks(opening):
-    """Blinks in one track (N,): the eyes under 40 % of the clip's median for 2 to 10 frames."""
+def count_blinks(opening, every=1):
+    """Blinks in one track (N,) of one frame in `every`: the eyes under 40 % of its median for 2 to
+    10 frames."""
     shut = np.concatenate([[0], (opening < .4 * np.median(opening)).astype(int), [0]])
     edges = np.flatnonzero(np.diff(shut))
     lengths = edges[1::2] - edges[::2]
-    return int(((lengths >= 2) & (lengths <= 10)).sum())
+    return int(((lengths * every >= 2) & (lengths * every <= 10)).sum())
 
 
-def blink_rate(points):
+def blink_rate(points, every=1):
     """Blinks a minute of (N, 70, 2)."""
-    return count_blinks(eye_opening(points).mean(-1)) / (len(points) / media.FPS / 60)
+    return count_blinks(eye_opening(points).mean(-1), every) * 60 * media.FPS / len(points) / every
 
 
 def loudness(sound, n):
@@ -87,20 +88,10 @@ def held_out(k):
     return replace(clip), clip.frames()         # without the painter that `clip` keeps by now
 
 
-def encode_track(models, points):
-    """Normalised latents of given points: (n, 70, 2) -> (n, 3, h_m, w_m)."""
-    return torch.cat(list(control.encode_points(models, points)))
-
-
 def redraw(models, z_a, points):
     """D(z^a, E_M(x^m)) for given points. -> (n, 128, 128, 3) uint8."""
-    return np.concatenate(list(sample.decode(models, z_a, encode_track(models, points))))
-
-
-def found_in(models, finder, z_a, tracks):
-    """Points found in the frames that D makes of motion: (S, n, 3, h, w) -> (S, n, 70, 2)."""
-    made = (np.concatenate(list(sample.decode(models, z_a, track))) for track in tracks)
-    return np.stack([detectors.find_in_crops(finder, frames) for frames in made])
+    return np.concatenate(list(sample.decode(
+        models, z_a, torch.cat(list(control.encode_points(models, points))))))
 
 
 @torch.inference_mode()
@@ -115,5 +106,7 @@ def speak(models, finder, portrait, points, sound, how, seeds, solver, every=1, 
     windows = diffusion.sample_motion(
         models.motion, speech[None].expand(count, -1, -1), reference.expand(count, -1, -1, -1),
         None if asked is None else asked.expand(count, -1, -1), seeds, *solver, guidance=guidance)
-    found = found_in(models, finder, z_a, torch.cat(list(windows), 1)[:, ::every])
+    tracks = torch.cat(list(windows), 1)[:, ::every]                         # (S, n, 3, h, w)
+    made = (np.concatenate(list(sample.decode(models, z_a, track))) for track in tracks)
+    found = np.stack([detectors.find_in_crops(finder, frames) for frames in made])
     return found, None if asked is None else asked[0].cpu().numpy()

@@ -9,8 +9,9 @@
     1. find the face, cut it out as the training pictures were cut       detector, landmarks
     2. z^a and z^m of the portrait                                       E_A, E_M of eq. 1
     3. speech features, head poses from them                             A and P of sec. 4.3
-    4. motion latents, window by window: from speech or an instruction   S, eq. 6 or 7
-       or from a video's points, --drive, --keep-from                    E_M, sec. 5.2.1, D.2
+    4. motion latents, window by window: from speech                     S, eq. 6 or 7
+       or from points: a video's, --drive                                E_M, sec. 5.2.1
+       or made by S over points from speech, held or turned, or words    S, E_M, D.2, E
     5. decode each window as soon as it is made, and write it            D of eq. 2
 
 The shipped weights were trained on drawings and animate drawings; a photograph gets a warning.
@@ -30,7 +31,6 @@ from tqdm import tqdm
 
 import audio
 import control
-import data
 import detector as detectors
 import diffusion
 import media
@@ -55,28 +55,39 @@ class Models:
 
 def load_models(folder, device, wav2vec2=None, name="motion"):
     """VAE and motion model from a folder with vae.pt and motion.pt, or a `make train` folder.
-    name: "motion", "text" (instructions) or "landmarks" (points in the place of latents)."""
+    name: "motion", or of those over points, which go with any VAE, "text" or "landmarks"."""
     folder = Path(folder)
     device = training.pick_device(device)
     vae, _ = training.load_model(vaes.VAE, vaes.VAEConfig, find(folder, "vae.pt", "vae"), device)
     vae = vae.to(memory_format=torch.channels_last)
     path = find(folder, f"{name}.pt", "diffusion" if name == "motion" else name)
     motion, held = training.load_model(diffusion.MotionModel, diffusion.MotionConfig, path, device)
+    as_points, words = motion.config.target == "landmarks", motion.config.driver != "speech"
+    if (as_points, words) != (name != "motion", name == "text"):
+        raise media.UserError(f"{path}: holds a model of another kind; train_diffusion.py makes it")
     try:
-        shape = motion.config.shape if motion.config.target == "landmarks" else \
-            (vae.config.latent, 1, 1)
+        shape = motion.config.shape if as_points else (vae.config.latent, 1, 1)
         mean, std = (torch.tensor(held[k]).view(shape).to(device) for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise media.UserError(f"{path}: its latents' mean and std are missing; copy or train it "
                               "again") from error
-    if held.get("vae") != training.fingerprint(vae):
+    if not as_points and held.get("vae") != training.fingerprint(vae):
         raise media.UserError(f"{path}: was trained on another VAE's latents; train_diffusion.py "
                               "--vae makes one for this VAE")
     kind = held.get("speech", "mel")
-    if wav2vec2 and kind == "mel" and motion.config.driver == "speech":
+    if wav2vec2 and kind == "mel" and name == "motion":
         raise media.UserError(f"--wav2vec2 {wav2vec2}: {path} hears log-mel, which needs no such "
                               "weights")
     return Models(vae, motion, mean, std, kind, device, wav2vec2)
+
+
+def load_maker(folder, models, name):
+    """The model over points, "landmarks" or "text", that goes with loaded models."""
+    made = load_models(folder, models.device, models.wav2vec2, name)
+    if name == "landmarks" and made.speech != models.speech:
+        raise media.UserError(f"{folder}: motion.pt hears {models.speech}, landmarks.pt "
+                              f"{made.speech}; train both alike")
+    return made
 
 
 def find(folder, name, run):
@@ -84,8 +95,11 @@ def find(folder, name, run):
     for path in (folder / name, folder / run / name):
         if os.path.isfile(path):
             return path
-    raise media.UserError(f"{folder}: no {name} in it; train one (README, Training), or leave "
-                          "--checkpoint out")
+    shipped = training.SHIPPED / name
+    other = f"copy {shipped}, which goes with any VAE" if run in ("text", "landmarks") else \
+        "leave --checkpoint out"
+    raise media.UserError(f"{folder}: no {name} in it; train one (README, Training)" +
+                          (f", or {other}" if shipped.is_file() else ""))
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -168,7 +182,7 @@ def arguments(argv):
     steer.add_argument("--clip", metavar="FOLDER", help="with --text: CLIP's weights, where the "
                        "model was trained with them")
     steer.add_argument("--guidance", type=float, default=1.0, metavar="W", help="how far to lean "
-                         "on the speech: 1 is the paper, more exaggerates")
+                         "on speech or words: 1 is the paper, more exaggerates")
     args = p.parse_args(argv)
     args.pose = control.asked_pose(args.pose)
     if args.seed < 0:
@@ -191,10 +205,7 @@ def point_maker(args, models):
     """The model over points that the flags want: words move them, a held face and angles too."""
     posed = args.pose_from or not isinstance(args.pose, str)
     name = "text" if args.text else "landmarks" if args.keep_from or posed else None
-    made = name and load_models(args.checkpoint, args.device, args.wav2vec2, name)
-    if name == "landmarks" and made.speech != models.speech:
-        raise media.UserError(f"{args.checkpoint}: motion.pt hears {models.speech}, landmarks.pt "
-                              f"{made.speech}; train both alike")
+    made = name and load_maker(args.checkpoint, models, name)
     if name == "text" and (made.motion.config.driver == "clip") != bool(args.clip):
         raise media.UserError(f"{args.checkpoint}: text.pt reads " + (
             "bytes; leave --clip out" if args.clip else
@@ -209,25 +220,17 @@ def speak(models, maker, args, finder, speech, points, reference):
         video = control.watch(args.keep_from, args.detector, finder, size)
         video = retarget(points, video) if args.relative else video
         video = control.back_and_forth(video, len(speech), args.keep_from)
-        parts = args.edit or ("mouth", "jaw")
-        return control.keep(models, maker, speech, points, video, parts, args)
+        held = video, control.held_but(args.edit or ("mouth", "jaw"))
+        return control.move(models, maker, speech, points, head_pose(video), args, held)
     if args.pose_from:
         how = control.follow_poses(args, len(speech), finder, size)
     pose = control.poses(models, speech, head_pose(points), how)
     if maker:
-        return control.move(models, maker, speech, points, None if pose is None else pose[0], args)
+        pose = None if pose is None else pose[0].cpu().numpy()
+        return control.move(models, maker, speech, points, pose, args)
     windows = diffusion.sample_motion(models.motion, speech[None], reference, pose, [args.seed],
                                       args.sampler, args.steps, guidance=args.guidance)
     return (window[0] for window in windows)
-
-
-@torch.inference_mode()
-def listen(models, maker, args, sound):
-    """What drives the head, as features a frame: the voice, or the instructions. -> (N, d_s)"""
-    if not args.text:
-        return hear(models, sound)
-    clip = data.open_clip(args.clip) if args.clip else None
-    return control.read_text(maker, args.text, args.seconds or 4, clip)
 
 
 def main(argv=None, quiet=False):
@@ -254,7 +257,8 @@ def main(argv=None, quiet=False):
         count, windows = len(driver), control.encode_points(
             models, retarget(points, driver) if args.relative else driver)
     else:
-        speech = listen(models, maker, args, sound)
+        speech = hear(models, sound) if args.audio else \
+            control.read_text(maker, args.text, args.seconds or 4, args.clip)
         count, windows = len(speech), speak(models, maker, args, finder, speech, points, reference)
 
     shown, wanted = [], np.linspace(0, count - 1, min(16, count)).astype(int)

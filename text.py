@@ -58,7 +58,7 @@ def to_bytes(texts):
 
 class ByteEncoder(nn.Module):
     """(B, L) bytes -> (B, D): the mean over letters of a small transformer's output. While it
-    learns, a tenth of the letters go unread, so that it does not hang on a wording's own."""
+    learns, a tenth of the letters go unread: other wordings share most of theirs, not all."""
 
     def __init__(self, width=128, layers=2, heads=4):
         super().__init__()
@@ -80,9 +80,7 @@ class ByteEncoder(nn.Module):
 
 def vectors(texts, encoder, clip=None):
     """What stands for texts: (B, d_s), by a trained ByteEncoder, or by what `load_clip` gives."""
-    if clip:
-        return clip(texts)
-    return encoder(to_bytes(texts).to(encoder.position.device))
+    return clip(texts) if clip else encoder(to_bytes(texts).to(encoder.position.device))
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------

@@ -356,15 +356,14 @@ def main(argv=None):
     parser.add_argument("--out", default="toy.mp4", help="video to write")
     parser.add_argument("--sheet", metavar="PNG", help="draw 64 identities instead")
     parser.add_argument("--portrait", metavar="PNG", help="draw one picture of the head instead")
-    parser.add_argument("--say", metavar="TEXT", help="speak a sentence (needs espeak-ng)")
-    parser.add_argument("--instruct", metavar="TEXT", help="obey an instruction")
-    parser.add_argument("--defect", choices=DEFECTS, help="put a defect into the clip")
+    special = parser.add_mutually_exclusive_group()
+    special.add_argument("--say", metavar="TEXT", help="speak a sentence (needs espeak-ng)")
+    special.add_argument("--instruct", metavar="TEXT", help="obey an instruction")
+    special.add_argument("--defect", choices=DEFECTS, help="put a defect into the clip")
     args = parser.parse_args(argv)
     if args.seconds < .2 or args.size < 32 or args.seed < 0:
         raise media.UserError("toy.py wants --seconds of 0.2 or more, --size of 32 or more and a "
                               "--seed that is not negative")
-    if sum(map(bool, (args.say, args.instruct, args.defect))) > 1:
-        raise media.UserError("toy.py takes one of --say, --instruct and --defect")
     if args.sheet:
         heads = [make_portraits(args.seed + k, 1, args.size)[0][0] for k in range(64)]
         media.write_image(args.sheet, media.grid(np.stack(heads), 8))

@@ -13,8 +13,8 @@ the model makes of the sound or the instruction.
 
 Departures from the paper: words move points, as D.2's speech does, and not latents, in which a nod
 is hard to learn; their reference is a clip's first frame, because the others show what was asked.
-The `toy` preset trains with Muon on sub-sequences shorter than 125-250 frames. Dropout, which it
-has none of, is drawn by process and not by global sample.
+The `toy` preset trains with Muon on sub-sequences shorter than 125-250 frames. Dropout, there
+of letters alone, is drawn by process and not by global sample.
 """
 from __future__ import annotations
 
@@ -50,10 +50,9 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHTS = (EYE_LEFT, EYE_RIGHT, MOUTH), (.75, .75, 1.25)
+TIMES = "said", "since"          # of instructions: which is in force, since how many frames
 MEASURED = 64                    # clips that give the latents' mean and spread
 TEXT_WIDTH = {"bytes": 128, "clip": 512}
-NAMES = {("speech", "latents"): "motion", ("speech", "landmarks"): "landmarks",
-         ("text", "landmarks"): "text"}                 # what is trained, and its folder
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
 
 
@@ -77,12 +76,14 @@ def arguments(argv):
     training.add_loop_arguments(p, "runs/diffusion, runs/text or runs/landmarks", "make clips")
     args = p.parse_args(argv)
     args.target = args.target or ("landmarks" if args.driver == "text" else "latents")
-    if (args.driver, args.target) not in NAMES or args.data and args.driver == "text":
-        raise media.UserError("--driver text makes points, from rendered heads alone; leave "
-                              "--target and --data out")
+    if args.driver == "text" and (args.target == "latents" or args.data or args.wav2vec2
+                                  or args.speech != "mel"):
+        raise media.UserError("--driver text makes points, from rendered heads that are silent; "
+                              "leave --target, --data, --speech and --wav2vec2 out")
     if (args.text_encoder == "clip") != bool(args.clip):
         raise media.UserError("--text-encoder clip and --clip FOLDER belong together")
-    args.name = NAMES[args.driver, args.target]
+    args.name = "text" if args.driver == "text" else \
+        "motion" if args.target == "latents" else "landmarks"
     args.out = args.out or f"runs/{'diffusion' if args.name == 'motion' else args.name}"
     training.settle(args, RECIPES[args.preset], minutes=70.0)
     args.clips = (16_000 if args.driver == "text" else 4500) if args.clips is None else args.clips
@@ -137,7 +138,9 @@ class Motions:
             x_m = item.pop("x_m", None)
             motion = item["motion"] if "motion" in item else self.encode(item["landmarks"], x_m)
             if "texts" in item:
-                item |= self.words(item.pop("texts"), item["said"])
+                texts, times = item.pop("texts"), [torch.tensor(item[k])[None] for k in TIMES]
+                item |= {"letters": to_bytes(texts).numpy()} if not self.clip else {
+                    "speech": diffusion.in_force(self.clip(texts)[None], *times)[0].numpy()}
             self.items.append(item | {"motion": motion.half()})
         if self.mean is None:
             every = torch.cat([item["motion"] for item in self.items[:MEASURED]]).float()
@@ -155,12 +158,6 @@ class Motions:
         with training.autocast(self.device, self.dtype):
             return data.encode_motion(self.vae, x_m, self.device)
 
-    def words(self, texts, said):
-        """T texts, and which is in force (N,), as what a model reads: bytes, or CLIP's features."""
-        if self.clip:
-            return {"speech": self.clip(texts)[torch.tensor(said)].numpy()}
-        return {"letters": to_bytes(texts).numpy()}
-
     def normalise(self, motion):
         """(z - mean) / std, float32."""
         return (motion.float() - self.mean) / self.std
@@ -170,21 +167,20 @@ class Motions:
         item = self.items[rng.integers(len(self.items))]
         longest = min(len(item.get("speech", item["motion"])), len(item["motion"]))
         n = min(longest, int(rng.integers(frames[0], frames[1] + 1)))
-        first = int(rng.integers(longest - n + 1))
+        first, told = int(rng.integers(longest - n + 1)), "said" in item
+        if told and rng.random() < .5:
+            first = 0                               # as after a portrait
         kept = slice(first, first + n)
-        i = 0 if "said" in item else int(rng.integers(longest))
+        i = 0 if told else int(rng.integers(longest))
         points = item["landmarks"][kept]
         weight = point_weights(points) if self.as_points else \
             region_weights(points, self.vae.config)
         made = {"motion": self.normalise(item["motion"][kept]), "weight": weight,
                 "reference": self.normalise(item["motion"][i]),
-                "pose": torch.tensor(item["pose"][kept]),
-                "reference_pose": torch.tensor(item["pose"][i]),
-                "steered": torch.tensor(item["steered"])}
-        if "letters" in item:
-            return made | {"letters": torch.tensor(item["letters"]),
-                           "said": torch.tensor(item["said"][kept])}
-        return made | {"speech": torch.tensor(item["speech"][kept])}
+                "reference_pose": torch.tensor(item["pose"][i])}
+        made |= {k: torch.tensor(item[k]) for k in ("steered", "letters") if k in item}
+        made |= {k: torch.tensor(item[k][kept]) for k in ("speech", *TIMES) if k in item}
+        return made | {"pose": torch.tensor(item["pose"][kept])}
 
 
 def collate(examples):
@@ -228,8 +224,9 @@ class Unseen:
         """Motion of all, (8, N, 3, h, w), and two numbers: the mean lip correlation and the gain;
         or, under the same names, the share of instructions obeyed and how far, over the truth."""
         if self.told:
-            said = vectors(self.told, getattr(model, "text_encoder", None), self.motions.clip)
-            speech = said[:, None].expand(-1, self.motion.shape[1], -1).to(self.device)
+            told = vectors(self.told, getattr(model, "text_encoder", None), self.motions.clip)
+            frames = torch.arange(self.motion.shape[1], device=told.device).expand(len(told), -1)
+            speech = diffusion.in_force(told[:, None], 0 * frames, frames).to(self.device)
         else:
             speech = self.speech.to(self.device)
         windows = diffusion.sample_motion(model, speech, self.motion[:, 0].to(self.device),
@@ -291,13 +288,11 @@ def main(argv=None):
     vae, _ = training.load_model(vaes.VAE, vaes.VAEConfig, args.vae, device)
     vae, vae_is = vae.to(memory_format=torch.channels_last), training.fingerprint(vae)
     side = vae.config.size // vae.config.motion_factor
-    config = dataclasses.replace(
-        diffusion.PRESETS[args.preset], motion_size=side, target=args.target,
-        driver="speech" if args.driver == "speech" else args.text_encoder,
-        speech_features=TEXT_WIDTH[args.text_encoder] if args.driver == "text" else
-        audio.FEATURES[args.speech])
-    if args.driver == "text":                       # it stays as it is for seconds
-        config = dataclasses.replace(config, speech_layers=1)
+    config = dataclasses.replace(diffusion.PRESETS[args.preset], motion_size=side,
+                                 target=args.target, speech_features=audio.FEATURES[args.speech])
+    if args.driver == "text":                       # an instruction holds for seconds: few layers
+        config = dataclasses.replace(config, driver=args.text_encoder, speech_layers=1,
+                                     speech_features=TEXT_WIDTH[args.text_encoder])
 
     # ---- model, EMA, optimisers ----
     torch.manual_seed(args.seed)
@@ -311,10 +306,14 @@ def main(argv=None):
         alike = (start.config.driver, start.config.target) == (config.driver, config.target)
         own, given = model.state_dict(), start.state_dict()
         if not alike:                               # what S knows of heads serves other drivers too
-            given = own | {name: value for name, value in given.items()
-                           if name in own and own[name].shape == value.shape}
+            fits = {name: value for name, value in given.items()
+                    if name in own and own[name].shape == value.shape}
+            if len(fits) < len(own) / 2:
+                raise media.UserError(f"{args.init}: a model of another size than --preset "
+                                      f"{args.preset}; leave --init out")
+            given = own | fits
         training.load_weights(model, given, args.init)
-        if alike and told.get("vae") == vae_is:
+        if alike and (args.target == "landmarks" or told.get("vae") == vae_is):
             statistics = {name: torch.tensor(told[name]) for name in ("mean", "std")}
     ema = optim.Ema(model, .998)
     step, spent, held = training.resume(
@@ -328,17 +327,15 @@ def main(argv=None):
 
     # ---- data ----
     as_points, clips = args.target == "landmarks", args.clips
-    make = functools.partial(data.toy_motion, seed=args.seed, seconds=recipe["seconds"],
-                             size=vae.config.size, kind=args.speech, weights=args.wav2vec2,
-                             drawn=not as_points)
+    same = {"seed": args.seed, "size": vae.config.size}
+    heard = {"kind": args.speech, "weights": args.wav2vec2} | same
+    make = functools.partial(data.toy_motion, seconds=recipe["seconds"], drawn=not as_points,
+                             **heard)
     if args.driver == "text":
-        make = functools.partial(data.toy_text, seed=args.seed, seconds=recipe["seconds"],
-                                 size=vae.config.size)
+        make = functools.partial(data.toy_text, seconds=recipe["seconds"], **same)
     if args.data:
         paths = data.clip_paths(args.data)
-        make = functools.partial(data.clip_motion, paths=paths, seed=args.seed,
-                                 size=vae.config.size, kind=args.speech, weights=args.wav2vec2)
-        clips = len(paths)
+        make, clips = functools.partial(data.clip_motion, paths=paths, **heard), len(paths)
     if device.type == "cpu" and not as_points:
         make = functools.partial(make_encoded, make=make, path=args.vae, dtype=dtype)
     source = data.GrowingPool(make, clips, 0, clips, args.workers)
@@ -377,7 +374,7 @@ def main(argv=None):
         curves.draw_curves(out / "log.csv", out / "curve.png", COLUMNS[:6], args.compare,
                            "diffusion")
         tqdm.write(f"step {step}: {budget.spent():.1f} min, {told} {r:.3f}, gain {gain:.2f} "
-                   f"(read off the latents); {log.pace('frames')}")
+                   f"(read off what is made); {log.pace('frames')}")
 
     began = time.monotonic()
     with contextlib.closing(source):
@@ -392,14 +389,14 @@ def main(argv=None):
         budget.begin(spent)
         if processes.leads:
             unseen = Unseen(args, vae, motions, device)
+        if not step and training.agree([budget.share(0)], processes)[0] >= 1:
+            raise media.UserError("--minutes: clips took all; give more, or fewer --clips")
         if args.fresh:
             last.unlink(missing_ok=True)
         log = curves.Log(out / "log.csv", COLUMNS, step) if processes.leads else None
         while True:
             used, stopping = training.agree([budget.share(step), float(bool(stop))], processes)
-            done = used >= 1 or stopping
-            if used >= 1 and not step:
-                raise media.UserError("--minutes: clips took all; give more, or fewer --clips")
+            done = step and used >= 1 or stopping
             if processes.leads and (done or (step and step % args.every == 0)):
                 report()
             if done:

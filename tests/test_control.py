@@ -20,11 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FACE, SPEECH = str(ROOT / "assets" / "face.png"), str(ROOT / "assets" / "speech.wav")
 
 
-def needs(name):
-    """Skips what the repository has no weights for yet."""
-    return pytest.mark.skipif(not (training.SHIPPED / name).is_file(), reason=f"no {name} ships yet")
-
-
 @pytest.fixture(scope="module")
 def finder():
     return detector.load(training.SHIPPED / "detector.pt")
@@ -49,10 +44,10 @@ def make(out, *flags, audio=None, image=FACE):
     return out
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_head_turns_where_it_is_asked_to(tmp_path, finder, voice, axis):
-    """--pose PITCH YAW ROLL: between -20 and 20 degrees the head turns by 28 to 45, it turns by less
-    than 6 about the other axes, and the lips still move."""
+@pytest.mark.parametrize("axis, least", [(0, 28), (1, 36), (2, 36)])
+def test_a_head_turns_where_it_is_asked_to(tmp_path, finder, voice, axis, least):
+    """--pose PITCH YAW ROLL: between -20 and 20 degrees the head turns by 36 to 45 (nods, which the
+    detector reads low, by 28), by less than 6 about the other axes, and the lips still move."""
     poses, lips = [], []
     for sign in (-20, 20):
         asked = np.eye(3, dtype=int)[axis] * sign
@@ -60,7 +55,7 @@ def test_a_head_turns_where_it_is_asked_to(tmp_path, finder, voice, axis):
         poses.append(np.median(head_pose(found), 0))
         lips.append(mouth_opening(found).std())
     turned = np.delete(poses[1] - poses[0], axis)
-    assert 28 < (poses[1] - poses[0])[axis] < 45 and np.abs(turned).max() < 6 and min(lips) > .02
+    assert least < (poses[1] - poses[0])[axis] < 45 and np.abs(turned).max() < 6 and min(lips) > .02
 
 
 def test_poses_come_from_a_csv_and_turn_round(tmp_path, finder, voice, capfd):
@@ -167,7 +162,6 @@ def test_other_parts_can_be_made_instead(tmp_path, finder, driver, dubbed):
     assert np.corrcoef(mouth_opening(found), mouth_opening(driver[1].landmarks))[0, 1] > .8
 
 
-@needs("text.pt")
 def test_a_head_does_what_it_is_told(tmp_path, finder):
     """--text: one instruction after the other is obeyed, as far as it must be, without a jump."""
     out = make(tmp_path / "a.mp4", "--text", "please turn left", "--text", "open your mouth",
@@ -181,7 +175,6 @@ def test_a_head_does_what_it_is_told(tmp_path, finder):
     assert steps[49] < 3 * np.median(steps) + 1 and steps.max() < 4
 
 
-@needs("text.pt")
 def test_words_and_a_pose_go_together(tmp_path, finder):
     """--text with --pose: a mouth that opens in a head that is turned."""
     out = make(tmp_path / "a.mp4", "--text", "open your mouth", "--pose", 0, -15, 0, "--seconds", 2)
@@ -189,7 +182,6 @@ def test_words_and_a_pose_go_together(tmp_path, finder):
     assert head_pose(points[30:])[:, 1].mean() < -8 and obeyed(points, "open_mouth") >= 1
 
 
-@needs("text.pt")
 def test_words_nobody_knows_give_a_plausible_motion(tmp_path, finder):
     """The head stays one: no point further from the first frame's than a head can turn."""
     points = points_of(finder, make(tmp_path / "a.mp4", "--text", "xyzzy ☃ 42", "--seconds", 1), 1)
@@ -217,7 +209,7 @@ def test_a_track_is_played_back_and_forth(capfd):
 
 @pytest.mark.parametrize("text, named", [
     ("", "empty"), ("pitch,yaw,roll\n", "no line"), ("1,2,3\n1,2\n", "line 2"),
-    ("a\n1,2,x\n", "line 2"), ("1,2,3\n0,95,0\n", "line 2"), ("1,2,3\nnan,0,0\n", "line 2")])
+    ("a\n1,2,x\n", "line 2"), ("0,95,0\n1,2,3\n", "line 1"), ("1,2,3\n0,95,0\n", "line 2"), ("1,2,3\nnan,0,0\n", "line 2")])
 def test_broken_tracks_take_one_line(tmp_path, text, named):
     """What is not a track of poses is refused with its line."""
     (tmp_path / "a.csv").write_text(text)
@@ -242,7 +234,7 @@ def test_broken_tracks_take_one_line(tmp_path, text, named):
     (["--audio", SPEECH, "--edit", "eyes"], "--edit"), (["--audio", SPEECH, "--keep-from", "none.mp4"], "none"),
     (["--audio", SPEECH, "--keep-from", "a.mp4", "--pose", "still"], "--keep-from"),
     (["--text", "smile", "--pose-from", "none.csv", "--pose", "still"], "--pose-from"),
-    (["--text", "smile"], "no text.pt"),
+    (["--text", "smile", "--clip", "none"], "leave --clip out"),
     (["--audio", SPEECH, "--clip", "none"], "--clip belongs to --text")])
 def test_flags_that_make_no_sense_together(tmp_path, flags, named):
     """One line that names the flag; nothing is written."""
@@ -253,11 +245,9 @@ def test_flags_that_make_no_sense_together(tmp_path, flags, named):
 
 def test_models_that_hear_differently_do_not_mix(tmp_path, voice):
     """motion.pt of one kind of speech features and landmarks.pt of another: one line, no video."""
-    for path in training.SHIPPED.glob("*.pt"):
-        (tmp_path / path.name).symlink_to(path.resolve())
-    (tmp_path / "landmarks.pt").unlink()
-    training.save(tmp_path / "landmarks.pt",
-                  training.load(training.SHIPPED / "landmarks.pt") | {"speech": "wav2vec2"})
+    other = tmp_path / "other.pt"
+    training.save(other, training.load(training.SHIPPED / "landmarks.pt") | {"speech": "wav2vec2"})
+    linked(tmp_path, landmarks=other)
     with pytest.raises(media.UserError, match="motion.pt hears mel, landmarks.pt wav2vec2"):
         make(tmp_path / "a.mp4", "--pose", 0, 20, 0, "--checkpoint", tmp_path, audio=voice)
     assert not list(tmp_path.glob("*.mp4"))
@@ -294,12 +284,59 @@ def test_words_and_points_are_learnt_from_what_s_knows(tmp_path, flags, name, wi
     assert (tmp_path / f"{name}.json").is_file()
 
 
-def test_minutes_that_clips_use_up_ship_nothing(tmp_path):
-    """One line, and no weights that have learnt nothing."""
+def test_minutes_that_clips_use_up_ship_nothing_and_delete_nothing(tmp_path):
+    """One line, no weights that have learnt nothing, and with --fresh the run before is still there."""
+    (tmp_path / "last.pt").write_text("a"), (tmp_path / "log.csv").write_text("b")
     with pytest.raises(media.UserError, match="clips took all"):
         train_diffusion.main(["--minutes", "1e-4", "--clips", "2", "--workers", "0", "--target",
-                              "landmarks", "--out", str(tmp_path)])
-    assert not list(tmp_path.glob("*.pt"))
+                              "landmarks", "--fresh", "--out", str(tmp_path)])
+    assert (tmp_path / "last.pt").read_text() == "a" and (tmp_path / "log.csv").read_text() == "b"
+    assert [p.name for p in tmp_path.glob("*.pt")] == ["last.pt"]
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--preset", "small"], "another size than --preset small"),
+    (["--wav2vec2", "a.pth"], "--driver text makes points"), (["--data", "clips"], "--driver text"),
+    (["--target", "latents"], "--driver text")])
+def test_words_that_cannot_be_learnt_take_one_line(tmp_path, flags, named):
+    """--init from a model of another size would keep next to nothing; a voice would not be heard."""
+    with pytest.raises(media.UserError, match=named):
+        train_diffusion.main(["--driver", "text", "--init", str(training.SHIPPED / "landmarks.pt"),
+                              "--steps", "1", "--clips", "1", "--out", str(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def linked(folder, **instead):
+    """A folder with the shipped weights, some of them others': name=path of what stands there."""
+    for path in training.SHIPPED.glob("*.pt"):
+        (folder / path.name).symlink_to(instead.get(path.stem, path).resolve())
+    return folder
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("landmarks", ["--pose", 0, 20, 0]), ("text", ["--text", "smile"]), ("motion", [])])
+def test_a_model_of_another_kind_takes_one_line(tmp_path, voice, name, flags):
+    """Speech over latents as landmarks.pt, speech over points as text.pt or motion.pt."""
+    other = training.SHIPPED / ("motion.pt" if name == "landmarks" else "landmarks.pt")
+    folder = linked(tmp_path, **{name: other})
+    with pytest.raises(media.UserError, match=f"{name}.pt: holds a model of another kind"):
+        make(tmp_path / "a.mp4", *flags, "--checkpoint", folder, audio=None if name == "text" else voice)
+
+
+def test_models_over_points_go_with_any_vae(tmp_path):
+    """landmarks.pt beside a VAE with other numbers, which motion.pt refuses; where it is missing, the
+    error says what to copy."""
+    held = training.load(training.SHIPPED / "vae.pt")
+    name = next(n for n, v in held["weights"].items() if v.is_floating_point())
+    held["weights"][name] = held["weights"][name] * 1.1
+    training.save(tmp_path / "other.pt", held)
+    linked(tmp_path, vae=tmp_path / "other.pt")
+    assert sample.load_models(tmp_path, "cpu", name="landmarks").motion.config.target == "landmarks"
+    with pytest.raises(media.UserError, match="another VAE"):
+        sample.load_models(tmp_path, "cpu")
+    (tmp_path / "landmarks.pt").unlink()
+    with pytest.raises(media.UserError, match="no landmarks.pt in it.*toy/landmarks.pt, which goes"):
+        sample.load_models(tmp_path, "cpu", name="landmarks")
 
 
 def test_the_examples_of_help_can_be_pasted(capsys):

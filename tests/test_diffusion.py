@@ -560,6 +560,8 @@ def test_words_are_learnt_where_nothing_else_tells(driver, late, last):
     assert diffusion.LAST <= times.min() and times.max() <= 1
     assert (times > .9).float().mean().item() == pytest.approx(late, abs=.04)
     assert (times == 1).float().mean().item() == pytest.approx(last, abs=.04)
+    given = np.array([diffusion.draw(0, 0, k, 4, config)["given"].sum() for k in range(200)])
+    assert ((given > 0).all() if last else .3 < (given > 0).mean() < .7) and given.max() == 3
 
 
 def test_at_the_last_time_nothing_of_the_motion_is_seen(monkeypatch):

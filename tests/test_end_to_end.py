@@ -191,7 +191,7 @@ def test_attention_to_the_reference_is_not_uniform():
 def test_shipped_files_are_small_and_say_how_they_were_made():
     """Each checkpoint is fp16 and has its command, seed, steps and minutes beside it."""
     assert sum(p.stat().st_size for p in (ROOT / "checkpoints").rglob("*.pt")) < 32e6
-    for name in ("vae", "motion", "detector"):
+    for name in ("vae", "motion", "detector", "landmarks", "text"):
         told = json.loads((SHIPPED / f"{name}.json").read_text())
         assert {"command", "seed", "steps", "minutes"} <= set(told)
         held = training.load(SHIPPED / f"{name}.pt")

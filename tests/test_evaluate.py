@@ -134,8 +134,9 @@ def test_a_head_that_obeys_every_pose_is_right_to_the_detectors_limit(clips, mon
         drawn = toy.ToyClip(clip.identity, turned, size=128, jitter=clip.jitter)
         return drawn.landmarks[None], None
     monkeypatch.setattr(evaluate_control, "speak", speak)
-    monkeypatch.setattr(evaluate_control, "turn", lambda models, keeper, *given: speak(
-        models, *given[:-1], [0], given[-1])[0])
+    monkeypatch.setattr(evaluate_control, "steer", lambda models, maker, portrait, points, speech,
+                        pose, seed, how: speak(0, 0, portrait, points, 0, pose[0], [0], how)[0][0])
+    monkeypatch.setattr(sample, "hear", lambda *_: range(25))
     monkeypatch.setattr(toy.ToyClip, "frames", lambda self, at=None: self.landmarks)
     obeys = True
     held = evaluate_control.score_poses(clips, None, None, None, HOW, 20.0)
@@ -154,15 +155,18 @@ def test_words_count_when_the_head_does_them(clips, monkeypatch, obeys, right, w
     in few of another's; heads that hold still are right in none."""
     texts = {words: a for a in INSTRUCTIONS for words in INSTRUCTIONS[a][1]}
 
-    def tell(models, teller, clip, portrait, said, seed, how, seconds=3.2):
+    def steer(models, teller, portrait, points, said, pose, seed, how, every):
         motion = toy.make_motion(np.random.default_rng(seed), 80)
         for track in (motion.pose, motion.expression, motion.sway):
             track[:] = track[:1]
         motion.expression[:] = toy.NEUTRAL
         if obeys:
             toy.obey(motion, [texts[said[0]]])
-        return toy.ToyClip(clip.identity, motion, size=128).landmarks[::2]
-    monkeypatch.setattr(evaluate_control, "tell", tell)
+        return toy.ToyClip(identities[points[0, 0]], motion, size=128).landmarks[::every]
+    identities = {c.landmarks[0, 0, 0]: c.identity for c in
+                  (toy.make_clip(300 + k, .2, held_out=True) for k in range(2))}
+    monkeypatch.setattr(evaluate_control, "steer", steer)
+    monkeypatch.setattr(evaluate_control.control, "read_text", lambda teller, texts, seconds: texts)
     monkeypatch.setattr(evaluate_control, "back_again", lambda *_: 30.0)
     held, table = evaluate_control.score_text(None, None, None, HOW, heads=2)
     assert held["text_accuracy"]["value"] == right and len(table) == 15

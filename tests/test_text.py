@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import data
+import diffusion
 import text
 import train_diffusion
 
@@ -196,11 +198,31 @@ def test_words_are_learnt_from_how_the_head_looked_before(told):
     n = 100
     item = {"motion": torch.arange(n).view(n, 1, 1, 1).expand(n, 2, 70, 1).half(), "steered": False,
             "landmarks": np.zeros((n, 70, 2), np.float32), "pose": np.zeros((n, 3), np.float32)}
-    item |= {"letters": text.to_bytes(["a", "b"]).numpy(), "said": np.zeros(n, int)} if told else \
+    times = {"said": np.zeros(n, int), "since": np.arange(n)}
+    item |= {"letters": text.to_bytes(["a", "b"]).numpy()} | times if told else \
         {"speech": np.zeros((n, 5), np.float32)}
     motions = train_diffusion.Motions(None, "cpu", torch.float32, True, None, torch.zeros(2, 70, 1),
                                       torch.ones(2, 70, 1))
     motions.items = [item]
-    seen = {motions.example(np.random.default_rng(k), (20, 30))["reference"].mean().item()
-            for k in range(20)}
+    made = [motions.example(np.random.default_rng(k), (20, 30)) for k in range(40)]
+    seen = {m["reference"].mean().item() for m in made}
     assert seen == {0} if told else len(seen) > 10
+    begun = np.mean([m["motion"][0].mean() == 0 for m in made])
+    assert .25 < begun < .75 if told else begun < .25
+    if told:
+        assert all(torch.equal(m["since"], m["motion"].mean((1, 2, 3)).long()) for m in made)
+
+
+def test_instructions_take_the_speechs_place():
+    """Each frame has the vector of the instruction in force, and since when in sinusoids: the same
+    instruction at the same age looks the same, whatever comes before."""
+    clip = data.toy_text(1, seconds=2.0)
+    assert len(set(clip["texts"])) == 2 and clip["said"].tolist() == [0] * 25 + [1] * 25
+    assert clip["since"].tolist() == [*range(25), *range(25)]
+    vectors = torch.randn(1, 2, 8)
+    said, since = (torch.tensor(clip[k])[None] for k in ("said", "since"))
+    made = diffusion.in_force(vectors, said, since)[0]
+    angle = torch.tensor([1.0, .1, .01, .001]) * 7
+    for frame, which in ((7, 0), (32, 1)):
+        torch.testing.assert_close(
+            made[frame], vectors[0, which] + torch.cat([angle.sin(), angle.cos()]))
