@@ -37,6 +37,7 @@ from text import ByteEncoder
 
 LAST = 1e-3                      # solvers go from t = 1 to here, then ẑ_0 is the result
 DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training samples
+LONG_AGO = 50                    # frames after which it is no longer told since how many
 ONLY_NOISE = .3                  # of those with words
 FADE = 6                         # frames over which a window takes over from the one before
 POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
@@ -346,10 +347,10 @@ def embed_time(t, width):
 
 
 def in_force(vectors, said, since):
-    """What takes the speech's place (E): of T instructions (B, T, d_s) the one that is in force in
-    each frame, and, so that a nod has its time, since how many; both (B, N) -> (B, N, d_s)."""
+    """What takes the speech's place (E): of T instructions (B, T, d_s) the one in force in each
+    frame, and, so that a nod has its time, since how many; both (B, N) -> (B, N, d_s)."""
     held = vectors.gather(1, said[..., None].expand(-1, -1, vectors.shape[-1]))
-    return held + embed_time(since / 1000, vectors.shape[-1])
+    return held + embed_time(since.clamp(max=LONG_AGO) / 1000, vectors.shape[-1])
 
 
 # ---- training, eq. 8 -----------------------------------------------------------------------------

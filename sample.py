@@ -95,11 +95,9 @@ def find(folder, name, run):
     for path in (folder / name, folder / run / name):
         if os.path.isfile(path):
             return path
-    shipped = training.SHIPPED / name
-    other = f"copy {shipped}, which goes with any VAE" if run in ("text", "landmarks") else \
-        "leave --checkpoint out"
-    raise media.UserError(f"{folder}: no {name} in it; train one (README, Training)" +
-                          (f", or {other}" if shipped.is_file() else ""))
+    raise media.UserError(f"{folder}: no {name} in it; train one (README, Training), or " + (
+        f"copy {training.SHIPPED / name}, which goes with any VAE" if run in ("text", "landmarks")
+        else "leave --checkpoint out"))
 
 
 # ---- steps ---------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ RECIPES = {"toy": {"optimiser": "muon", "lr": 1e-3, "betas": (.9, .99), "schedul
            "small": PAPER, "base": PAPER, "large": PAPER}
 # how much of the loss each region gets beside the whole latent's 1; the VAE weights them too
 REGIONS, REGION_WEIGHTS = (EYE_LEFT, EYE_RIGHT, MOUTH), (.75, .75, 1.25)
-TIMES = "said", "since"          # of instructions: which is in force, since how many frames
 MEASURED = 64                    # clips that give the latents' mean and spread
 TEXT_WIDTH = {"bytes": 128, "clip": 512}
 COLUMNS = ["loss", "motion", "pose", "norm", "lip_r", "lip_gain", "lr", "wait"]
@@ -138,7 +137,8 @@ class Motions:
             x_m = item.pop("x_m", None)
             motion = item["motion"] if "motion" in item else self.encode(item["landmarks"], x_m)
             if "texts" in item:
-                texts, times = item.pop("texts"), [torch.tensor(item[k])[None] for k in TIMES]
+                times = (torch.tensor(item[k])[None] for k in ("said", "since"))
+                texts = item.pop("texts")
                 item |= {"letters": to_bytes(texts).numpy()} if not self.clip else {
                     "speech": diffusion.in_force(self.clip(texts)[None], *times)[0].numpy()}
             self.items.append(item | {"motion": motion.half()})
@@ -179,7 +179,7 @@ class Motions:
                 "reference": self.normalise(item["motion"][i]),
                 "reference_pose": torch.tensor(item["pose"][i])}
         made |= {k: torch.tensor(item[k]) for k in ("steered", "letters") if k in item}
-        made |= {k: torch.tensor(item[k][kept]) for k in ("speech", *TIMES) if k in item}
+        made |= {k: torch.tensor(item[k][kept]) for k in ("speech", "said", "since") if k in item}
         return made | {"pose": torch.tensor(item["pose"][kept])}
 
 

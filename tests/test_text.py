@@ -226,3 +226,5 @@ def test_instructions_take_the_speechs_place():
     for frame, which in ((7, 0), (32, 1)):
         torch.testing.assert_close(
             made[frame], vectors[0, which] + torch.cat([angle.sin(), angle.cos()]))
+    old, older = diffusion.in_force(vectors, *torch.tensor([[[1, 1]], [[50, 5000]]]))[0]
+    torch.testing.assert_close(old, older)
