@@ -1,8 +1,8 @@
 """What instructions ask of a head, and how far a face obeys (appendix E).
 
-Fifteen actions, each in ten wordings, with or without manners, and two more held out from training;
-alone or two at once. How far a face obeys is read off its 70 points, so the same ruler serves true
-and made ones.
+Fifteen actions, each in twelve wordings, with or without manners, and two more that training never
+meets; alone or two at once. How far a face obeys is read off its 70 points, so the same ruler
+serves true and made ones.
 Letters: N frames. Not in the paper: it took instructions from recorded sessions, and five people
 rated the videos.
 """
@@ -15,55 +15,64 @@ from landmarks import BROWS, IRISES, eye_opening, fit, head_pose, mouth_opening,
 
 # action: (wordings to train on, wordings held out, {column of pose or expression: target})
 INSTRUCTIONS = {
-    "smile": (("smile", "give me a smile", "show a smile", "smile at me", "look happy",
-               "put on a happy face", "be happy", "happy face", "make me a smile", "look cheerful"),
-              ("show me a big smile", "make a happy face"), {"smile": 1.0}),
-    "frown": (("look sad", "make a sad face", "frown", "be sad", "put on a sad face",
-               "show a frown", "sad face", "frown at me", "make me a frown", "be gloomy"),
-              ("show me a sad face", "give me a frown"), {"smile": -0.6, "brow": -0.5}),
-    "open_mouth": (("open your mouth", "mouth open", "open your mouth wide", "drop your jaw",
-                    "let your mouth hang open", "a wide open mouth", "hold your mouth open",
-                    "open up wide", "drop your lower jaw", "mouth wide open"),
-                   ("open the mouth wide", "keep your mouth open"), {"jaw": 0.9}),
-    "close_eyes": (("close your eyes", "shut your eyes", "eyes closed", "eyes shut",
-                    "keep your eyes closed", "close both eyes", "hold your eyes shut",
-                    "close your eyelids", "let your eyes close", "shut both eyes"),
-                   ("keep your eyes shut", "close the eyes"), {"lid": 0.0}),
-    "raise_brows": (("raise your eyebrows", "lift your brows", "eyebrows up", "brows up",
-                     "raise both brows", "lift both eyebrows", "pull up your brows",
-                     "move your eyebrows up", "lift up your brows", "brows high"),
-                    ("raise your brows", "lift your eyebrows"), {"brow": 1.0}),
-    "turn_left": (("turn your head left", "turn left", "turn to the left", "rotate left",
-                   "turn your face to the left", "rotate to the left", "face left",
-                   "rotate your face left", "turn the head left", "head to the left"),
-                  ("rotate your head to the left", "turn your face left"), {"yaw": 20}),
-    "look_up": (("lift your head", "head up", "raise your head", "turn your face up", "chin up",
-                 "lift your chin", "move your head up", "raise your face", "bring your chin up",
-                 "turn the face up"), ("turn your head up", "raise your chin"), {"pitch": 15}),
-    "look_down": (("lower your head", "head down", "drop your head", "turn your face down",
-                   "chin down", "lower your chin", "move your head down", "lower your face",
-                   "bring your chin down", "drop the head"),
-                  ("turn your head down", "drop your chin"), {"pitch": -15}),
-    "tilt_left": (("tilt your head left", "tilt your head to the left", "lean your head left",
-                   "lean left", "tilt to the left", "lean your head to the left",
-                   "tilt your face left", "lean over to the left", "tilt the head left",
-                   "lean the head left"), ("tilt left", "lean to the left"), {"roll": 15}),
-    "glance_left": (("look left", "glance left", "look to the left", "eyes left",
-                     "move your eyes left", "glance over to the left", "turn your eyes left",
-                     "glance to the left", "shift your eyes left", "both eyes left"),
-                    ("eyes to the left", "move your eyes to the left"), {"gaze_x": 0.95}),
-    "nod": (("nod", "nod your head", "say yes", "nod yes", "give a nod", "nod a few times",
-             "nod with your head", "tell me yes", "nod for yes", "nod the head"),
-            ("say yes with your head", "nod to me"), {"pitch": "wave"}),
-    "shake": (("shake your head", "shake", "say no", "shake your head no", "give a shake",
-               "shake your head a few times", "shake with your head", "tell me no", "shake for no",
-               "a shake of the head"),
-              ("say no with your head", "shake the head"), {"yaw": "wave"}),
+    "smile": ("smile, give me a smile, show a smile, smile at me, look happy, "
+              "put on a happy face, be happy, happy face, make me a smile, look cheerful, "
+              "do a smile, show me your smile",
+              "show me a big smile, make a happy face", {"smile": 1.0}),
+    "frown": ("look sad, make a sad face, frown, be sad, put on a sad face, show a frown, "
+              "sad face, frown at me, make me a frown, be gloomy, make a frown, do a frown",
+              "show me a sad face, give me a frown", {"smile": -0.6, "brow": -0.5}),
+    "open_mouth": ("open your mouth, mouth open, open your mouth wide, drop your jaw, "
+                   "let your mouth hang open, a wide open mouth, hold your mouth open, "
+                   "open up wide, drop your lower jaw, mouth wide open, give me an open mouth, "
+                   "show me your open mouth",
+                   "open the mouth wide, keep your mouth open", {"jaw": 0.9}),
+    "close_eyes": ("close your eyes, shut your eyes, eyes closed, eyes shut, "
+                   "keep your eyes closed, close both eyes, hold your eyes shut, "
+                   "close your eyelids, let your eyes close, shut both eyes, give me closed eyes, "
+                   "show me closed eyes", "keep your eyes shut, close the eyes", {"lid": 0.0}),
+    "raise_brows": ("raise your eyebrows, lift your brows, eyebrows up, brows up, "
+                    "raise both brows, lift both eyebrows, pull up your brows, "
+                    "move your eyebrows up, lift up your brows, brows high, give me raised brows, "
+                    "show me raised eyebrows",
+                    "raise your brows, lift your eyebrows", {"brow": 1.0}),
+    "turn_left": ("turn your head left, turn left, turn to the left, rotate left, "
+                  "turn your face to the left, rotate to the left, face left, "
+                  "rotate your face left, turn the head left, head to the left, "
+                  "show me your left, give me a turn to the left",
+                  "rotate your head to the left, turn your face left", {"yaw": 20}),
+    "look_up": ("lift your head, head up, raise your head, turn your face up, chin up, "
+                "lift your chin, move your head up, raise your face, bring your chin up, "
+                "turn the face up, give me a look up, point your nose up",
+                "turn your head up, raise your chin", {"pitch": 15}),
+    "look_down": ("lower your head, head down, drop your head, turn your face down, chin down, "
+                  "lower your chin, move your head down, lower your face, bring your chin down, "
+                  "drop the head, give me a look down, point your nose down",
+                  "turn your head down, drop your chin", {"pitch": -15}),
+    "tilt_left": ("tilt your head left, tilt your head to the left, lean your head left, "
+                  "lean left, tilt to the left, lean your head to the left, tilt your face left, "
+                  "lean over to the left, tilt the head left, lean the head left, "
+                  "give me a tilt to the left, show me a tilt to the left",
+                  "tilt left, lean to the left", {"roll": 15}),
+    "glance_left": ("look left, glance left, look to the left, eyes left, move your eyes left, "
+                    "glance over to the left, turn your eyes left, glance to the left, "
+                    "shift your eyes left, both eyes left, give me a glance to the left, "
+                    "show me a glance to the left",
+                    "eyes to the left, move your eyes to the left", {"gaze_x": 0.95}),
+    "nod": ("nod, nod your head, say yes, nod yes, give a nod, nod a few times, "
+            "nod with your head, tell me yes, nod for yes, nod the head, give me a nod, do a nod",
+            "say yes with your head, nod to me", {"pitch": "wave"}),
+    "shake": ("shake your head, shake, say no, shake your head no, give a shake, "
+              "shake your head a few times, shake with your head, tell me no, shake for no, "
+              "a shake of the head, give me a shake of the head, do a shake",
+              "say no with your head, shake the head", {"yaw": "wave"}),
 }
 INSTRUCTIONS |= {name.replace("left", "right"): (
-    *([words.replace("left", "right") for words in told] for told in (train, held)),
+    *(words.replace("left", "right") for words in told),
     {column: -target for column, target in targets.items()})
-    for name, (train, held, targets) in list(INSTRUCTIONS.items()) if "left" in name}
+    for name, (*told, targets) in list(INSTRUCTIONS.items()) if "left" in name}
+INSTRUCTIONS = {name: (*(words.split(", ") for words in told), targets)
+                for name, (*told, targets) in INSTRUCTIONS.items()}
 MANNERS = ("{}", "{}", "please {}", "{} please", "now {}", "could you {}", "just {}", "{} for me",
            "i want you to {}", "{} once more", "try to {}", "then {} if you can")
 _CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}

@@ -8,7 +8,6 @@
 Words, held faces, angles and tracks move points, made by a model over landmarks (`landmarks.pt`,
 `text.pt`) and encoded by E_M; speech with another --pose moves S's latents (`motion.pt`).
 
-Each function turns what a user gives into what `diffusion` takes, or straight into motion latents.
 Letters: N frames, n of them. Not in the paper: --relative.
 """
 from __future__ import annotations
@@ -31,7 +30,7 @@ PARTS = {"jaw": (JAW,), "brows": (BROWS,), "nose": (NOSE,), "eyes": (EYE_LEFT, E
          "mouth": (MOUTH,), "irises": (IRISES,)}
 STEEPEST = 60                   # degrees that a pose may be asked for
 
-ENCODE_AT_ONCE = 32             # frames
+AT_ONCE = 32                    # frames that are encoded, or decoded
 
 
 # ---- what was asked ------------------------------------------------------------------------------
@@ -140,8 +139,8 @@ def watch(path, which, finder, size):
 @torch.inference_mode()
 def encode_points(models, points):
     """E_M on every frame's points, part by part: (N, 70, 2) -> (n, 3, h_m, w_m), normalised."""
-    for at in range(0, len(points), ENCODE_AT_ONCE):
-        x_m = data.draw_all(points[at:at + ENCODE_AT_ONCE], models.vae.config.size)
+    for at in range(0, len(points), AT_ONCE):
+        x_m = data.draw_all(points[at:at + AT_ONCE], models.vae.config.size)
         motion = data.encode_motion(models.vae, x_m, models.device)
         yield (motion.to(models.device) - models.mean) / models.std
 

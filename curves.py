@@ -65,10 +65,8 @@ def write_rows(path, columns, rows):
 
 
 def read_log(path, run=None):
-    """Rows of a log.csv as dicts of floats; an unwritten or torn cell is nan.
-
-    `run` picks the rows of one run from a file that holds several.
-    """
+    """Rows of a log.csv as dicts of floats, those of one `run` where it holds several; an unwritten
+    or torn cell is nan."""
     if not Path(path).is_file():
         return []
     with open(path, newline="", errors="replace") as file:

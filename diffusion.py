@@ -241,10 +241,7 @@ class SpeechEncoder(nn.Module):
 
 
 class PosePredictor(nn.Module):
-    """P: convolutions over A's output and the portrait's pose -> poses (B, N, 3) in degrees.
-
-    It predicts the offset from the portrait's pose.
-    """
+    """P: convolutions over A's output and the portrait's pose -> that turned, (B, N, 3) degrees."""
 
     def __init__(self, config):
         super().__init__()

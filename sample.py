@@ -38,8 +38,6 @@ import training
 import vae as vaes
 from landmarks import crop_box, draw, head_pose, retarget
 
-DECODE_AT_ONCE = 32             # frames
-
 
 @dataclass
 class Models:
@@ -126,7 +124,7 @@ def hear(models, sound):
 @torch.inference_mode()
 def decode(models, z_a, motion):
     """D on every frame: z_a (1, 3, h_a, w_a), motion (n, 3, h_m, w_m) -> uint8, part by part."""
-    for part in (motion * models.std + models.mean).split(DECODE_AT_ONCE):
+    for part in (motion * models.std + models.mean).split(control.AT_ONCE):
         yield media.to_uint8(models.vae.decode(z_a.expand(len(part), -1, -1, -1), part))
 
 

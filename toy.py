@@ -213,9 +213,9 @@ def make_clip(seed, seconds, size=128, held_out=False, defect=None, steered=Fals
     return _spoil(clip, moves) if defect else clip
 
 
-def random_jitter(rng):
+def random_jitter(rng, shift=.02, zoom=.06):
     """How far a user's picture is off: (dx, dy) in sides of the crop, and its zoom."""
-    return *rng.uniform(-.02, .02, 2), rng.uniform(.94, 1.06)
+    return *rng.uniform(-shift, shift, 2), rng.uniform(1 - zoom, 1 + zoom)
 
 
 def make_portraits(seed, count, size=128, close=False, **looks):
@@ -223,7 +223,7 @@ def make_portraits(seed, count, size=128, close=False, **looks):
     `looks` are shares of glasses and the like among identities."""
     who, moves = (np.random.default_rng((seed, k)) for k in (0, 3))
     clip = ToyClip(random_identity(who, **looks), random_poses(moves, count, close), size=size,
-                   jitter=(*moves.uniform(-.03, .03, 2), moves.uniform(.92, 1.08)))
+                   jitter=random_jitter(moves, .03, .08))
     return clip.frames(), clip.landmarks
 
 
@@ -286,11 +286,8 @@ def obey(motion, actions, start=.3, end=math.inf):
     """Change a motion so that it carries out the named actions, eased in after `start` seconds and
     out after `end`."""
     t = np.arange(len(motion)) / media.FPS
-
-    def rise(t):
-        x = np.clip(t / .5, 0, 1)
-        return x ** 2 * (3 - 2 * x)                                          # smoothstep
-    ease = rise(t - start) - rise(t - end)
+    x = np.clip((t - np.array([[start], [end]])) / .5, 0, 1)                 # up, and down again
+    ease = -np.diff(x ** 2 * (3 - 2 * x), axis=0)[0]
     for action in actions:
         for name, target in INSTRUCTIONS[action][2].items():
             if name in ANGLES:
