@@ -357,16 +357,14 @@ def draw(seed, step, k, n, config):
 
     Words change a face for seconds, which is seen in z_t long before a lip is: even z_1, with .0066
     of z_0 in it, tells left from right in three cases of four; who learns that need not read. So
-    times lie near t = 1, many at 1 with noise alone, and a frame is given, as the portrait's is.
+    many of their times are 1, with noise alone, and a frame is given, as the portrait's is.
     """
     rng = np.random.default_rng((seed, step, k, 1))
     key = torch.Generator().manual_seed(int(rng.integers(2 ** 63)))
     longest, words = min(2 * config.prefix, n - 1), config.driver != "speech"
     has_prefix = rng.random() < HAS_PREFIX and longest > 0
     prefix = int(rng.integers(1, longest + 1)) if has_prefix else words * min(longest, 1)
-    t = 1 - (1 - LAST) * rng.random()
-    if words:
-        t = 1.0 if rng.random() < ONLY_NOISE else 1 - (1 - t) ** 3
+    t = 1 - (1 - LAST) * rng.random() * (not words or rng.random() >= ONLY_NOISE)
     return {"noise": torch.randn(n, *config.shape, generator=key),
             "t": torch.tensor(t, dtype=torch.float32),
             "given": torch.arange(n) < prefix,

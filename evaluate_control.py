@@ -133,7 +133,7 @@ def score_keeping(clips, models, keeper, finder, solver):
         redrawn = detectors.find_in_crops(finder, redraw(models, z_a, points[::EVERY]))
         for name, track in (("off", found), ("redrawn", redrawn)):
             off = np.sqrt(((track - points[::EVERY]) ** 2).sum(-1))          # (..., n, 70)
-            rows[name].append(off[..., held[1] & visible(points[::EVERY])].mean())
+            rows[name].append(off[..., held[1].numpy() & visible(points[::EVERY])].mean())
         rows["kept"].append(lips(found, voice, EVERY))
         free, _ = speak(models, finder, portrait, points[0], voice.sound, "free", range(4), solver,
                         EVERY)
@@ -225,7 +225,7 @@ def score_odd(clips, models, finder, solver):
     for clip, _ in tqdm(clips, "odd portraits", leave=False):
         for name, still in odd_portraits(clip).items():
             found, _ = speak(models, finder, still.frame(0), still.landmarks[0], clip.sound, "free",
-                             range(6), solver, EVERY)
+                             range(4), solver, EVERY)
             blinks = np.mean([blink_rate(track, EVERY) for track in found])
             rows.setdefault(name, []).append((lips(found, clip, EVERY), blinks))
     table = {name: tuple(float(v) for v in np.nanmean(r, 0)) for name, r in rows.items()}
