@@ -118,10 +118,8 @@ def read_poses(path):
 
 def follow_poses(args, n, finder, size):
     """The poses that --pose-from names, for n frames: (n, 3) degrees."""
-    if Path(args.pose_from).suffix.lower() == ".csv":
-        track = read_poses(args.pose_from)
-    else:
-        track = head_pose(watch(args.pose_from, args.detector, finder, size))
+    track = read_poses(args.pose_from) if Path(args.pose_from).suffix.lower() == ".csv" else \
+        head_pose(watch(args.pose_from, args.detector, finder, size))
     return back_and_forth(track, n, args.pose_from)
 
 

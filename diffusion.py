@@ -187,6 +187,7 @@ class MotionConfig:
     pose_width: int = 64         # of P
     dropout: float = 0.0
     direct: bool = False         # the reference and z_t also go around the Conformer
+    skip: bool = False           # of points: ẑ_0 = alpha z_t + sigma S(...), exact where t is small
     window: int = 96             # frames sampled at once
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, made again by the next, which knows what is said there
@@ -333,7 +334,10 @@ class MotionModel(nn.Module):
         z_hat_0 = self.out(y).to(z_t.dtype)                                   # (B, N, 3hw)
         if self.config.direct:
             z_hat_0 = z_hat_0 + (self.share * reference.flatten(1))[:, None]
-        return z_hat_0.view(z_t.shape)
+        if not self.config.skip:
+            return z_hat_0.view(z_t.shape)
+        alpha, sigma = VPSDE().marginal(t)
+        return like(alpha, z_t) * z_t + like(sigma, z_t) * z_hat_0.view(z_t.shape)
 
 
 def embed_time(t, width):

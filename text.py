@@ -24,7 +24,6 @@ from torch import nn
 
 LONGEST = 120                   # bytes of an instruction
 PAD = 256                       # after the 256 bytes
-UNREAD = .1                     # share of the letters, and of the words
 
 
 class Block(nn.Module):
@@ -59,7 +58,7 @@ def to_bytes(texts):
 
 class ByteEncoder(nn.Module):
     """(B, L) bytes -> (B, D): the mean over letters of a small transformer's output. While it
-    learns, some letters and words go unread: other wordings share most of theirs, not all."""
+    learns, a tenth of letters and of words go unread: other wordings share most, not all."""
 
     def __init__(self, width=128, layers=2, heads=4):
         super().__init__()
@@ -72,7 +71,7 @@ class ByteEncoder(nn.Module):
         real = letters != PAD
         if self.training:
             word = (letters[:, 1:] == ord(" ")).cumsum(1)
-            kept = torch.rand(2, *word.shape, device=real.device) > UNREAD
+            kept = torch.rand(2, *word.shape, device=real.device) > .1
             real[:, 1:] &= kept[0] & kept[1].gather(1, word)
         x = self.letter(letters) + self.position[:letters.shape[1]]
         for block in self.blocks:

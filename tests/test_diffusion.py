@@ -573,3 +573,21 @@ def test_at_the_last_time_nothing_of_the_motion_is_seen(monkeypatch):
     diffusion.Objective(model)(held)
     torch.testing.assert_close(seen[0][:2], held["noise"][:2], rtol=0, atol=0)
     torch.testing.assert_close(seen[0][2:], SDE.perturb(held["motion"], held["t"], held["noise"])[2:])
+
+
+def test_points_keep_what_a_clean_z_t_shows():
+    """With `skip`, whatever the weights: at small t ẑ_0 is z_t but for sigma times what S says; at
+    t = 1 nearly nothing of z_t is left in it."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, target="landmarks", skip=True)
+    plain, model = (diffusion.MotionModel(dataclasses.replace(config, skip=skip)).eval()
+                    for skip in (False, True))
+    torch.nn.init.normal_(plain.out.weight, std=.1)
+    model.load_state_dict(plain.state_dict())
+    z, reference = torch.randn(2, 12, 2, 70, 1), torch.randn(2, 2, 70, 1)
+    condition = model.condition(torch.randn(2, 12, 10))[1]
+    for t in (1.0, .3, LAST):
+        alpha, sigma = SDE.marginal(torch.tensor(t))
+        said, made = (m.denoise(z, torch.full((2,), t), condition, reference) for m in (plain, model))
+        torch.testing.assert_close(made, alpha * z + sigma * said)
+    assert (made - z).abs().max() < .05
