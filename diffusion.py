@@ -10,8 +10,8 @@ Departures from the paper, or choices where it is silent:
 1. beta is linear from 0.1 to 20, as in Song et al. (2021).
 2. The reference is attended to as h w tokens: attention to one repeated vector is a linear map.
    In the `toy` preset (`direct`) it also enters S at its door and adds a learnt share of itself
-   to ẑ_0: two thirds of the latents' variance are whose face it is. And z_t goes around the blocks,
-   whose LayerNorms let nothing pass as it is: gated by t, or as points (`skip`) by its share of ẑ_0.
+   to ẑ_0: two thirds of the latents' variance are whose face it is. And z_t goes around blocks
+   whose LayerNorms let nothing pass as it is: gated by t, or, points (`skip`), by its share of ẑ_0.
 3. Speech is dropped in some training samples, pose in half: sample.py leaves it free by default.
    Some made heads are steered: they turn far, without a reason in the speech. Their pose is always
    given, and P does not learn from them.
