@@ -284,8 +284,7 @@ def _begin(path, recipe):
     except (OSError, ValueError, TypeError) as error:
         raise media.UserError(f"{path}: cannot be read ({error}); choose another --out") from error
     if {k: held.get(k) for k in recipe} != recipe:
-        raise media.UserError(f"{path.parent}: holds clips made with other flags; choose another "
-                              "--out")
+        raise media.UserError(f"{path.parent}: holds clips made with other flags; change --out")
 
 
 def _write_index(path, index):

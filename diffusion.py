@@ -10,8 +10,8 @@ Departures from the paper, or choices where it is silent:
 1. beta is linear from 0.1 to 20, as in Song et al. (2021).
 2. The reference is attended to as h w tokens: attention to one repeated vector is a linear map.
    In the `toy` preset (`direct`) it also enters S at its door and adds a learnt share of itself
-   to ẑ_0: two thirds of the latents' variance are whose face it is. And z_t goes around blocks
-   whose LayerNorms let nothing pass as it is: gated by t, or, points (`skip`), by its share of ẑ_0.
+   to ẑ_0: whose face it is makes up two thirds of the latents' variance. And z_t goes around the
+   Conformer, gated by t: blocks that end in a LayerNorm let nothing pass as it is.
 3. Speech is dropped in some training samples, pose in half: sample.py leaves it free by default.
    Some made heads are steered: they turn far, without a reason in the speech. Their pose is always
    given, and P does not learn from them.
@@ -19,7 +19,8 @@ Departures from the paper, or choices where it is silent:
    they enter the network unharmed, with a flag, and do not count in the loss; z_t stays as it is.
    Each window looks a few frames ahead, and the next one takes over from those.
 5. The square of eq. 8 has a weight for each place: eyes and lips are small, and blinks come last.
-   Its pose term counts in units of 10 degrees, and both terms are means over frames.
+   Its pose term counts in units of 10 degrees, and both terms are means over frames. Points drift
+   at small t, and tremble: so errors among them count by 1/sigma^2, their second differences too.
 6. P sees the portrait's pose too and predicts the turn from it.
 """
 from __future__ import annotations
@@ -40,6 +41,7 @@ DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training sa
 LONG_AGO = 50                    # frames after which it is no longer told since how many
 ONLY_NOISE = .3                  # of those with words
 FADE = 6                         # frames over which a window takes over from the one before
+HEAVIEST = 50                    # how much more an error among points counts at small t
 POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
 
 
@@ -187,7 +189,6 @@ class MotionConfig:
     pose_width: int = 64         # of P
     dropout: float = 0.0
     direct: bool = False         # the reference and z_t also go around the Conformer
-    skip: bool = False           # of points: ẑ_0 = alpha z_t + sigma S(...), exact where t is small
     window: int = 96             # frames sampled at once
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, made again by the next, which knows what is said there
@@ -334,10 +335,7 @@ class MotionModel(nn.Module):
         z_hat_0 = self.out(y).to(z_t.dtype)                                   # (B, N, 3hw)
         if self.config.direct:
             z_hat_0 = z_hat_0 + (self.share * reference.flatten(1))[:, None]
-        if not self.config.skip:
-            return z_hat_0.view(z_t.shape)
-        alpha, sigma = VPSDE().marginal(t)
-        return like(alpha, z_t) * z_t + like(sigma, z_t) * z_hat_0.view(z_t.shape)
+        return z_hat_0.view(z_t.shape)
 
 
 def embed_time(t, width):
@@ -408,8 +406,14 @@ class Objective(nn.Module):
         z_hat_0 = model.denoise(z_t, b["t"], condition, b["reference"],
                                 (b["motion"], b["given"]), b["mask"])
         pose = model.pose_predictor(encoded, b["reference_pose"], b["mask"])
-        error = (b["weight"] * (z_hat_0 - b["motion"]).square()).mean((2, 3, 4))      # (B, N)
-        error = error / b["weight"].mean((2, 3, 4)).clamp(min=1)              # 0 where padded
+        miss = (z_hat_0 - b["motion"]) * self.counted(b)[0][..., None, None, None]
+        square = miss.square()                                                # 0 where padded
+        if model.config.target == "landmarks":
+            second = miss.diff(n=2, dim=1).square()
+            square = square + F.pad(second, (0, 0) * 3 + (miss.shape[1] - second.shape[1], 0))
+            _, sigma = self.sde.marginal(b["t"])
+            square = square * like((1 / sigma ** 2).clamp(max=HEAVIEST), square)
+        error = (b["weight"] * square).mean((2, 3, 4)) / b["weight"].mean((2, 3, 4)).clamp(min=1)
         turned = ((pose - b["pose"]) / POSE_UNIT).square().mean(2)            # (B, N)
         return {name: (values * counts).sum() for name, values, counts
                 in zip(("motion", "pose"), (error, turned), self.counted(b))}

@@ -289,8 +289,7 @@ def main(argv=None):
     vae, vae_is = vae.to(memory_format=torch.channels_last), training.fingerprint(vae)
     side = vae.config.size // vae.config.motion_factor
     config = dataclasses.replace(diffusion.PRESETS[args.preset], motion_size=side,
-                                 target=args.target, speech_features=audio.FEATURES[args.speech],
-                                 skip=args.target == "landmarks")
+                                 target=args.target, speech_features=audio.FEATURES[args.speech])
     if args.driver == "text":                       # an instruction holds for seconds: few layers
         config = dataclasses.replace(config, driver=args.text_encoder, speech_layers=1,
                                      speech_features=TEXT_WIDTH[args.text_encoder])

@@ -446,8 +446,7 @@ def main(argv=None):
     parser.add_argument("--out", default="voice.wav", help="sound to write")
     args = parser.parse_args(argv)
     if args.seconds < .2 or args.seed < 0:
-        raise media.UserError("voices.py wants --seconds of 0.2 or more and a --seed that is not "
-                              "negative")
+        raise media.UserError("voices.py wants --seconds of 0.2 or more, and a --seed from 0 on")
     speech = espeak(args.say) if args.say else make_speech(np.random.default_rng(args.seed),
                                                            args.seconds, silence_share=0)
     media.write_sound(args.out, speech.sound)

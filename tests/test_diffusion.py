@@ -575,19 +575,25 @@ def test_at_the_last_time_nothing_of_the_motion_is_seen(monkeypatch):
     torch.testing.assert_close(seen[0][2:], SDE.perturb(held["motion"], held["t"], held["noise"])[2:])
 
 
-def test_points_keep_what_a_clean_z_t_shows():
-    """With `skip`, whatever the weights: at small t ẑ_0 is z_t but for sigma times what S says; at
-    t = 1 nearly nothing of z_t is left in it."""
-    torch.manual_seed(0)
-    config = dataclasses.replace(TINY, target="landmarks", skip=True)
-    plain, model = (diffusion.MotionModel(dataclasses.replace(config, skip=skip)).eval()
-                    for skip in (False, True))
-    torch.nn.init.normal_(plain.out.weight, std=.1)
-    model.load_state_dict(plain.state_dict())
-    z, reference = torch.randn(2, 12, 2, 70, 1), torch.randn(2, 2, 70, 1)
-    condition = model.condition(torch.randn(2, 12, 10))[1]
-    for t in (1.0, .3, LAST):
-        alpha, sigma = SDE.marginal(torch.tensor(t))
-        said, made = (m.denoise(z, torch.full((2,), t), condition, reference) for m in (plain, model))
-        torch.testing.assert_close(made, alpha * z + sigma * said)
-    assert (made - z).abs().max() < .05
+def test_errors_among_points_count_by_time_and_as_they_change():
+    """ẑ_0 that is .1 off everywhere costs .01 / sigma^2, but at most HEAVIEST times as much; one
+    that is off by +-.1 from frame to frame costs .16 more for its second differences, but for those
+    of the first two frames. Latents have eq. 8 alone."""
+    def losses(target, offset):
+        torch.manual_seed(0)
+        config = dataclasses.replace(TINY, target=target)
+        held, shape = training_batch(3), config.shape
+        held |= {"motion": torch.randn(3, 16, *shape), "reference": torch.randn(3, *shape),
+                 "noise": torch.randn(3, 16, *shape), "t": torch.tensor([LAST, .3, 1.0]),
+                 "weight": torch.ones(3, 16, 1, *shape[1:]), "given": torch.zeros(3, 16).bool()}
+        model = diffusion.MotionModel(config).eval()
+        model.denoise = lambda *given: given[-2][0] + offset
+        return [diffusion.Objective(model)({k: v[i:i + 1] for k, v in held.items()})["motion"] / 16
+                for i in range(3)]
+    by_time = torch.tensor([diffusion.HEAVIEST, 1 / SDE.marginal(torch.tensor(.3))[1] ** 2, 1])
+    torch.testing.assert_close(torch.stack(losses("landmarks", .1)), .01 * by_time)
+    uneasy = .1 * (-1.0) ** torch.arange(16).view(1, 16, 1, 1, 1)
+    torch.testing.assert_close(torch.stack(losses("landmarks", uneasy)),
+                               (.01 + .16 * 14 / 16) * by_time)
+    for offset in (.1, uneasy):
+        torch.testing.assert_close(torch.stack(losses("latents", offset)), torch.full((3,), .01))
