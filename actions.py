@@ -3,8 +3,7 @@
 Fifteen actions, each in twelve wordings, with or without manners, and two more that training never
 meets; alone or two at once. How far a face obeys is read off its 70 points, so the same ruler
 serves true and made ones.
-Letters: N frames. Not in the paper: it took instructions from recorded sessions, and five people
-rated the videos.
+Letters: N frames. The paper took instructions from recorded sessions; five people rated videos.
 """
 from __future__ import annotations
 
@@ -75,6 +74,7 @@ INSTRUCTIONS = {name: (*(words.split(", ") for words in told), targets)
                 for name, (*told, targets) in INSTRUCTIONS.items()}
 MANNERS = ("{}", "{}", "please {}", "{} please", "now {}", "could you {}", "just {}", "{} for me",
            "i want you to {}", "{} once more", "try to {}", "then {} if you can")
+FILLERS = "a, the, me, some, with, your, give, show, make, do, once, really".split(", ")
 _CLASH = {"lid": "lid", "gaze_x": "lid", "jaw": "mouth", "smile": "mouth"}
 SETTLED = 1.2                   # seconds after which an instruction should have been carried out
 
@@ -87,9 +87,13 @@ def random_actions(rng):
 
 
 def wording(rng, action, held_out=False):
-    """One way to ask for an action."""
-    words = str(rng.choice(INSTRUCTIONS[action][1 if held_out else 0]))
-    return words if held_out else str(rng.choice(MANNERS)).format(words)
+    """One way to ask for an action; FILLERS slip in while learning: not every word means much."""
+    train, held, _ = INSTRUCTIONS[action]
+    words = str(rng.choice(held if held_out else train))
+    said = str(rng.choice(MANNERS)).format(words).split()
+    for k in reversed(range(len(said) + 1)):
+        said[k:k] = [str(rng.choice(FILLERS))] * (rng.random() < .15)
+    return words if held_out or any(w in " ".join(said) for w in held) else " ".join(said)
 
 
 def actions_of(text):

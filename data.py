@@ -216,8 +216,7 @@ def clip_motion(k, paths, size, seed=0, augment=True, kind="mel", weights=None):
     broken = np.flatnonzero(~held["valid"])
     n = min(len(speech), len(held["landmarks"]), *broken[:1])
     if n < 2:
-        raise media.UserError(f"{paths[k]}: begins with a frame that is not valid; cut it or make "
-                              "it again")
+        raise media.UserError(f"{paths[k]}: begins with a frame that is not valid; make it again")
     return {"landmarks": held["landmarks"][:n], "pose": held["pose"][:n], "speech": speech[:n],
             "steered": False, "x_m": draw_all(held["landmarks"][:n], size)}
 

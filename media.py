@@ -282,8 +282,7 @@ def read_sound(path, rate=RATE):
     shift = round(late * rate) if abs(late) < LEAP else 0
     sound = np.pad(sound, (shift, 0)) if shift > 0 else sound[-shift:]  # late: padded, early: cut
     if len(sound) < SHORTEST * rate:
-        raise UserError(f"{path}: {len(sound) / rate:.2f} s of sound; at least {SHORTEST} s are "
-                        "needed")
+        raise UserError(f"{path}: {len(sound) / rate:.2f} s of sound; wants at least {SHORTEST} s")
     if not np.isfinite(sound).all():
         raise UserError(f"{path}: holds samples that are not numbers; export it again")
     peak = np.abs(sound).max()

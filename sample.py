@@ -67,8 +67,7 @@ def load_models(folder, device, wav2vec2=None, name="motion"):
         shape = motion.config.shape if as_points else (vae.config.latent, 1, 1)
         mean, std = (torch.tensor(held[k]).view(shape).to(device) for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise media.UserError(f"{path}: its latents' mean and std are missing; copy or train it "
-                              "again") from error
+        raise media.UserError(f"{path}: no mean and std of latents in it; copy it again") from error
     if not as_points and held.get("vae") != training.fingerprint(vae):
         raise media.UserError(f"{path}: was trained on another VAE's latents; train_diffusion.py "
                               "--vae makes one for this VAE")

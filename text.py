@@ -58,7 +58,7 @@ def to_bytes(texts):
 
 class ByteEncoder(nn.Module):
     """(B, L) bytes -> (B, D): the mean over letters of a small transformer's output. While it
-    learns, a tenth of letters and of words go unread: other wordings share most, not all."""
+    learns, some letters and some words go unread: other wordings share most, not all."""
 
     def __init__(self, width=128, layers=2, heads=4):
         super().__init__()
@@ -71,7 +71,7 @@ class ByteEncoder(nn.Module):
         real = letters != PAD
         if self.training:
             word = (letters[:, 1:] == ord(" ")).cumsum(1)
-            kept = torch.rand(2, *word.shape, device=real.device) > .1
+            kept = torch.rand(2, *word.shape, device=real.device) > .15
             real[:, 1:] &= kept[0] & kept[1].gather(1, word)
         x = self.letter(letters) + self.position[:letters.shape[1]]
         for block in self.blocks:
@@ -226,7 +226,6 @@ def load_clip(folder):
         model.load_state_dict(state)
     except Exception as error:                           # unpickling raises a dozen kinds
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{weights}: not CLIP's weights in Hugging Face's layout ({reason})"
-                         ) from error
+        raise ValueError(f"{weights}: not CLIP's weights as Hugging Face's ({reason})") from error
     model.eval().requires_grad_(False)
     return lambda texts: model(pairs(texts))

@@ -338,8 +338,7 @@ def resume(last, parts, optimisers, ema, same, fresh=False):
         return 0, 0.0, {}
     held = load(last)
     if {key: held.get(key) for key in same} != same:
-        raise media.UserError(f"{last}: a run of another {' or '.join(same)}; use --fresh or "
-                              "another --out")
+        raise media.UserError(f"{last}: of another {' or '.join(same)}; --fresh or a new --out")
     for key, model in parts.items():
         load_weights(model, held[key], last)
     load_optimisers(optimisers, held["optimisers"], last)
