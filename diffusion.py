@@ -36,7 +36,7 @@ from torch import nn
 from conformer import Conformer
 from text import ByteEncoder
 
-LAST = 1e-3                      # solvers go from t = 1 to here, then ẑ_0 is the result
+LAST, LAST_TOLD = 1e-3, .05      # where solvers end: ẑ_0 there is the result; and with words
 DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training samples
 LONG_AGO = 50                    # frames after which it is no longer told since how many
 ONLY_NOISE = .3                  # of those with words
@@ -89,11 +89,11 @@ class VPSDE:
         alpha, sigma = self.marginal(t)
         return (like(alpha, z_t) * z_hat_0 - z_t) / like(sigma, z_t) ** 2
 
-    def time_grid(self, steps):
-        """steps + 1 times from 1 to LAST, uniform in log-SNR, float64 on the CPU."""
-        ends = self.half_log_snr(torch.tensor([1.0, LAST], dtype=torch.float64))
+    def time_grid(self, steps, last=LAST):
+        """steps + 1 times from 1 to the last, uniform in log-SNR, float64 on the CPU."""
+        ends = self.half_log_snr(torch.tensor([1.0, last], dtype=torch.float64))
         times = self.time_of(torch.linspace(*ends.tolist(), steps + 1, dtype=torch.float64))
-        times[0], times[-1] = 1.0, LAST
+        times[0], times[-1] = 1.0, last
         return times
 
 
@@ -147,12 +147,13 @@ def dpmpp_2m(denoise, z, times, sde, noise=None):
 SAMPLERS = {"euler_maruyama": euler_maruyama, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
-def solve(denoise, z_1, sampler="dpmpp_2m", steps=20, sde=VPSDE(), noise=torch.randn_like):
-    """Reverse diffusion: z_1 ~ N(0, 1) -> ẑ_0 at t = LAST.
+def solve(denoise, z_1, sampler="dpmpp_2m", steps=20, sde=VPSDE(), noise=torch.randn_like,
+          last=LAST):
+    """Reverse diffusion: z_1 ~ N(0, 1) -> ẑ_0 at the last time.
 
     Times and coefficients are float64 on the CPU (mps has none) and are rounded when z meets them.
     """
-    times = sde.time_grid(steps)
+    times = sde.time_grid(steps, last)
     z = SAMPLERS[sampler](denoise, z_1, times, sde, noise)
     return denoise(z, times[-1:])
 
@@ -456,10 +457,11 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
     held: (known motion, which of its values are held (bool)), both (B, N, 3, h, w), see `hold`.
     from_reference: frame 0 is the reference, and the motion goes on from there.
     A window begins where the one before would have gone on, and leaves that over FADE frames: what
-    is left of the noise in given and in new frames differs, and would show as a jerk.
+    is left of the noise in given and in new frames differs, and would show as a jerk. Words end at
+    LAST_TOLD, where points are half a pixel noisy: from there brows and glances go on too far.
     """
     assert len(seeds) == len(speech), "one seed a row"
-    c = model.config
+    c, last = model.config, LAST if model.config.driver == "speech" else LAST_TOLD
     before = goes_on = reference.new_zeros(len(reference), 0, *reference.shape[1:])
     for k, (first, kept, stop, end) in enumerate(windows(speech.shape[1], c)):
         shape = (end - first, *c.shape)
@@ -488,7 +490,7 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
         answer = denoise
         if held:
             answer, z_1 = hold(denoise, *(v[:, first:end] for v in held), z_1, sde)
-        made = solve(answer, z_1, sampler, steps, sde, noise)[:, kept - first:]
+        made = solve(answer, z_1, sampler, steps, sde, noise, last)[:, kept - first:]
         for f, old in enumerate(goes_on.unbind(1)[:made.shape[1]]):
             made[:, f] = old.lerp(made[:, f], (f + 1) / (goes_on.shape[1] + 1))
         if from_reference and k == 0:

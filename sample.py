@@ -73,8 +73,7 @@ def load_models(folder, device, wav2vec2=None, name="motion"):
                               "--vae makes one for this VAE")
     kind = held.get("speech", "mel")
     if wav2vec2 and kind == "mel" and name == "motion":
-        raise media.UserError(f"--wav2vec2 {wav2vec2}: {path} hears log-mel, which needs no such "
-                              "weights")
+        raise media.UserError(f"--wav2vec2 {wav2vec2}: {path} hears log-mel; leave it out")
     return Models(vae, motion, mean, std, kind, device, wav2vec2)
 
 

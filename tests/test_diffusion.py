@@ -597,3 +597,12 @@ def test_errors_among_points_count_by_time_and_as_they_change():
                                (.01 + .16 * 14 / 16) * by_time)
     for offset in (.1, uneasy):
         torch.testing.assert_close(torch.stack(losses("latents", offset)), torch.full((3,), .01))
+
+
+@pytest.mark.parametrize("driver, last", [("speech", LAST), ("bytes", diffusion.LAST_TOLD)])
+def test_words_end_where_points_are_still_noisy(monkeypatch, driver, last):
+    """The last ẑ_0 is the network's at LAST_TOLD with words, at LAST with speech."""
+    model, seen = diffusion.MotionModel(dataclasses.replace(TINY, driver=driver)).eval(), []
+    monkeypatch.setattr(model, "denoise", lambda z, t, *_: (seen.append(t[0].item()), z)[1])
+    list(diffusion.sample_motion(model, torch.randn(1, 12, 10), torch.randn(1, 3, 4, 4), steps=3))
+    assert seen[0] == 1 and seen[-1] == pytest.approx(last) == min(seen)
