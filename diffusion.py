@@ -37,9 +37,8 @@ from conformer import Conformer
 from text import ByteEncoder
 
 LAST, LAST_TOLD = 1e-3, .05      # where solvers end: ẑ_0 there is the result; and with words
-DROP_SPEECH, DROP_POSE, HAS_PREFIX = .1, .5, .5          # shares of training samples
+DROP_SPEECH, DROP_POSE, HAS_PREFIX, ONLY_NOISE = .1, .5, .5, .3     # shares of training samples
 LONG_AGO = 50                    # frames after which it is no longer told since how many
-ONLY_NOISE = .3                  # of those with words
 FADE = 6                         # frames over which a window takes over from the one before
 HEAVIEST = 50                    # how much more an error among points counts at small t
 POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
@@ -193,7 +192,6 @@ class MotionConfig:
     window: int = 96             # frames sampled at once
     prefix: int = 16             # of them, given: the last ones of the window before
     ahead: int = 8               # of them, made again by the next, which knows what is said there
-
     target: str = "latents"      # or "landmarks": 70 points in the place of z^m (D.2)
     driver: str = "speech"       # or in its place an instruction (E): "bytes", "clip"
 
@@ -412,8 +410,7 @@ class Objective(nn.Module):
         if model.config.target == "landmarks":
             second = miss.diff(n=2, dim=1).square()
             square = square + F.pad(second, (0, 0) * 3 + (miss.shape[1] - second.shape[1], 0))
-            _, sigma = self.sde.marginal(b["t"])
-            square = square * like((1 / sigma ** 2).clamp(max=HEAVIEST), square)
+            square = square * like(self.sde.marginal(b["t"])[1].pow(-2).clamp(max=HEAVIEST), square)
         error = (b["weight"] * square).mean((2, 3, 4)) / b["weight"].mean((2, 3, 4)).clamp(min=1)
         turned = ((pose - b["pose"]) / POSE_UNIT).square().mean(2)            # (B, N)
         return {name: (values * counts).sum() for name, values, counts
@@ -456,9 +453,8 @@ def sample_motion(model, speech, reference, pose=None, seeds=(0,), sampler="dpmp
     guidance: ẑ_0 goes this far from what no speech gives to what the speech gives; 1 is the paper.
     held: (known motion, which of its values are held (bool)), both (B, N, 3, h, w), see `hold`.
     from_reference: frame 0 is the reference, and the motion goes on from there.
-    A window begins where the one before would have gone on, and leaves that over FADE frames: what
-    is left of the noise in given and in new frames differs, and would show as a jerk. Words end at
-    LAST_TOLD, where points are half a pixel noisy: from there brows and glances go on too far.
+    A window begins where the one before would have gone on, and leaves that over FADE frames, or it
+    would jerk. Words end at LAST_TOLD, from where on brows and glances would go too far.
     """
     assert len(seeds) == len(speech), "one seed a row"
     c, last = model.config, LAST if model.config.driver == "speech" else LAST_TOLD
