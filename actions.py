@@ -92,7 +92,9 @@ def wording(rng, action, held_out=False):
     words = str(rng.choice(held if held_out else train))
     said = str(rng.choice(MANNERS)).format(words).split()
     for k in reversed(range(len(said) + 1)):
-        said[k:k] = [str(rng.choice(FILLERS))] * (rng.random() < .15)
+        filler = str(rng.choice(FILLERS))
+        if rng.random() < .15:
+            said.insert(k, filler)
     return words if held_out or any(w in " ".join(said) for w in held) else " ".join(said)
 
 

@@ -40,7 +40,7 @@ LAST, LAST_TOLD = 1e-3, .05      # where solvers end: ẑ_0 there is the result;
 DROP_SPEECH, DROP_POSE, HAS_PREFIX, ONLY_NOISE = .1, .5, .5, .3     # shares of training samples
 LONG_AGO = 50                    # frames after which it is no longer told since how many
 FADE = 6                         # frames over which a window takes over from the one before
-HEAVIEST = 50                    # how much more an error among points counts at small t
+HEAVIEST = 50                    # how much an error among points counts at most, at small t
 POSE_UNIT = 10.0                 # degrees that count as 1 in the network and in the pose loss
 
 
@@ -406,7 +406,7 @@ class Objective(nn.Module):
                                 (b["motion"], b["given"]), b["mask"])
         pose = model.pose_predictor(encoded, b["reference_pose"], b["mask"])
         miss = (z_hat_0 - b["motion"]) * self.counted(b)[0][..., None, None, None]
-        square = miss.square()                                                # 0 where padded
+        square = miss.square()                            # (B, N, 3, h, w), 0 where not counted
         if model.config.target == "landmarks":
             second = miss.diff(n=2, dim=1).square()
             square = square + F.pad(second, (0, 0) * 3 + (miss.shape[1] - second.shape[1], 0))

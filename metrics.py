@@ -60,7 +60,7 @@ def pearson(a, b):
 
 
 def count_blinks(opening, every=1):
-    """Blinks in a track (N,) of one frame in `every`: under 40 % of its median, 2 to 10 frames."""
+    """Blinks in a track (N,), one frame in `every`: under 40 % of its median, 2 to 10 frames."""
     shut = np.concatenate([[0], (opening < .4 * np.median(opening)).astype(int), [0]])
     edges = np.flatnonzero(np.diff(shut))
     lengths = edges[1::2] - edges[::2]

@@ -24,6 +24,7 @@ from torch import nn
 
 LONGEST = 120                   # bytes of an instruction
 PAD = 256                       # after the 256 bytes
+UNREAD = .15                    # share of the letters, and of the words, while it learns
 
 
 class Block(nn.Module):
@@ -71,7 +72,7 @@ class ByteEncoder(nn.Module):
         real = letters != PAD
         if self.training:
             word = (letters[:, 1:] == ord(" ")).cumsum(1)
-            kept = torch.rand(2, *word.shape, device=real.device) > .15
+            kept = torch.rand(2, *word.shape, device=real.device) > UNREAD
             real[:, 1:] &= kept[0] & kept[1].gather(1, word)
         x = self.letter(letters) + self.position[:letters.shape[1]]
         for block in self.blocks:
@@ -226,6 +227,6 @@ def load_clip(folder):
         model.load_state_dict(state)
     except Exception as error:                           # unpickling raises a dozen kinds
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{weights}: not CLIP's weights as Hugging Face's ({reason})") from error
+        raise ValueError(f"{weights}: not CLIP in Hugging Face's layout ({reason})") from error
     model.eval().requires_grad_(False)
     return lambda texts: model(pairs(texts))
