@@ -174,8 +174,8 @@ def score_speech(plan, clips, models, finder, how, sampler, steps):
         spread = found.std(0)                                                # (N, K, 2)
         rows["diversity"].append(np.sqrt((spread ** 2).sum(-1)).mean())
     twins = [twin(k) for k in tqdm(range(len(clips)), "twins", leave=False) if moving[k]]
-    beside, beside8 = ({"baseline": np.nanmean(rows["loud" + n]),
-                        "shuffled": np.nanmean(rows["shuffled" + n])} for n in ("", "8"))
+    beside, beside8 = ({"baseline": score(rows["loud" + n])["value"],
+                        "shuffled": score(rows["shuffled" + n])["value"]} for n in ("", "8"))
     numbers = {"lip_r": score(rows["r"], **beside), "lip_r_mean8": score(rows["mean8"], **beside8),
                "lip_gain": score(rows["gain"], truth=1.0, baseline=0.0),
                "lip_r_twin": score(twins), "pose_mae": score(rows["mae"])}

@@ -3,6 +3,7 @@
 Here a picture is its own points: `frames` hold landmarks, the detector finds what it is given.
 """
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def test_a_portrait_that_does_not_move_scores_nothing(clips, monkeypatch):
     value, _ = spoken(clips, monkeypatch, lambda points: np.repeat(points[:1], len(points), 0))
     for name in ("lip_gain", "pose_spread_pitch", "pose_spread_yaw", "blinks_per_minute"):
         assert value[name] == pytest.approx(0, abs=1e-3), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_voices_that_say_nothing_score_nothing(clips, monkeypatch):
+    """No clip's mouth moves: rulers of lips are empty, without a warning, and still valid JSON."""
+    monkeypatch.setattr(evaluate, "LEAST_SPREAD", 1e3)
+    value, numbers = spoken(clips, monkeypatch)
+    assert value["lip_r"] is None and numbers["lip_r"]["shuffled"] is None
+    json.dumps(numbers["lip_r"], allow_nan=False)
 
 
 def test_noise_is_diversity_and_a_turned_head_is_an_error(clips, monkeypatch):
