@@ -196,8 +196,7 @@ class MotionConfig:
     driver: str = "speech"       # or in its place an instruction (E): "bytes", "clip"
 
     def __post_init__(self):
-        if not 0 <= self.prefix + self.ahead < self.window or \
-                min(self.prefix - 1, self.ahead) < 0:
+        if not 0 <= self.prefix + self.ahead < self.window or min(self.prefix - 1, self.ahead) < 0:
             raise ValueError("a window must be longer than its prefix and its look ahead")
 
     @property
@@ -367,8 +366,7 @@ def draw(seed, step, k, n, config):
     prefix = int(rng.integers(1, longest + 1)) if has_prefix else words * min(longest, 1)
     t = 1 - (1 - LAST) * rng.random() * (not words or rng.random() >= ONLY_NOISE)
     return {"noise": torch.randn(n, *config.shape, generator=key),
-            "t": torch.tensor(t, dtype=torch.float32),
-            "given": torch.arange(n) < prefix,
+            "t": torch.tensor(t, dtype=torch.float32), "given": torch.arange(n) < prefix,
             "keep_speech": torch.tensor(rng.random() >= DROP_SPEECH),
             "keep_pose": torch.tensor(rng.random() >= DROP_POSE)}
 

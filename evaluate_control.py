@@ -52,8 +52,8 @@ def lips(tracks, clip, every=1):
 # ---- poses ---------------------------------------------------------------------------------------
 
 def score_poses(clips, models, keeper, finder, solver, truth):
-    """A grid of poses as sample.py makes them, through points, and as S alone over latents does.
-    truth: blinks a minute of true heads."""
+    """A grid of poses as sample.py makes them, through points, and as S alone over latents does;
+    blinks of heads held still either way. truth: blinks a minute of true heads."""
     errors, alone, limit = [], [], []
     for clip, frames in tqdm(clips[:4], "poses asked for", leave=False):
         portrait, points, sound = frames[0], clip.landmarks[0], clip.sound[:16_000]
@@ -69,18 +69,23 @@ def score_poses(clips, models, keeper, finder, solver, truth):
                              size=SIZE, jitter=clip.jitter)
         true = head_pose(detectors.find_in_crops(finder, turned.frames()))
         limit.append(np.abs(true - TURNS).mean())
-    rows = {k: [] for k in ("free", "still", "blinks")}
-    for clip, frames in tqdm(clips, "still heads", leave=False):
+    rows = {k: [] for k in ("free", "still", "blinks", "posed")}
+    for k, (clip, frames) in enumerate(tqdm(clips, "still heads", leave=False)):
         given = models, finder, frames[0], clip.landmarks[0], clip.sound
         rows["free"].append(lips(speak(*given, "free", range(4), solver, 4)[0], clip, 4))
-        found, _ = speak(*given, "still", range(4), solver)
-        rows["still"].append(lips(found[:, ::4], clip, 4))
-        rows["blinks"].append(np.mean([blink_rate(track) for track in found]))
+        found, _ = speak(*given, "still", range(4), solver, EVERY)
+        rows["still"].append(lips(found, clip, EVERY))
+        rows["blinks"].append(np.mean([blink_rate(track, EVERY) for track in found]))
+        found = detectors.find_in_crops(finder, steer(
+            models, keeper, *given[2:4], sample.hear(models, clip.sound),
+            [clip.pose[0]] * len(clip), k, solver, EVERY))           # noise decides who blinks when
+        rows["posed"].append(blink_rate(found, EVERY))
     floor, never = np.mean(limit), float(np.abs(TURNS).mean())
     return {"pose_control_mae": score(errors, truth=floor, baseline=never),
             "pose_latents_mae": score(alone, truth=floor, baseline=never),
             "lip_r_posed": score(rows["still"], truth=np.nanmean(rows["free"])),
-            "blinks_still": score(rows["blinks"], truth=truth)}
+            "blinks_still": score(rows["blinks"], truth=truth),
+            "blinks_posed": score(rows["posed"], truth=truth)}
 
 
 # ---- another video -------------------------------------------------------------------------------
@@ -171,10 +176,8 @@ def score_text(models, teller, finder, solver, heads=10):
         for k in range(heads)]) for by in (0, 1))
     for name in tqdm(names, "instructions", leave=False):
         for k, (clip, portrait) in enumerate(zip(clips, portraits)):
-            words = INSTRUCTIONS[name][1][k % 2]
-            speech = control.read_text(teller, [words], SAID)
-            made = steer(models, teller, portrait, clip.landmarks[0], speech, None, k, solver,
-                         EVERY)
+            told = control.read_text(teller, [INSTRUCTIONS[name][1][k % 2]], SAID)
+            made = steer(models, teller, portrait, clip.landmarks[0], told, None, k, solver, EVERY)
             found = detectors.find_in_crops(finder, made)
             far[name, k] = {a: obeyed(found, a, every=EVERY) >= 1 for a in names}
             if names.index(name) < 10:
@@ -240,7 +243,7 @@ def score_odd(clips, models, finder, solver):
 def score_all(plan, clips, models, finder, solver, others):
     """Every number and table. others: the models of "landmarks" and "text"."""
     some = clips[:max(2, plan.seeded_clips // 2)]
-    truth = np.mean([blink_rate(clip.landmarks) for clip, _ in clips])
+    truth = np.mean([blink_rate(clip.landmarks[::EVERY], EVERY) for clip, _ in clips])
     numbers = score_poses(clips[:plan.seeded_clips], models, others["landmarks"], finder, solver,
                           truth)
     numbers |= score_cross(plan, clips, models, finder)

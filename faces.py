@@ -82,8 +82,7 @@ def random_identity(rng, glasses=.25, beard=.2, fringe=.5, hat=.1, patterned=.5)
     bearded = rng.random() < beard
     return Identity(
         shape=dict(zip(SHAPE, np.clip(rng.normal(0, .6, len(SHAPE)), -1.2, 1.2).tolist())),
-        colours=colours,
-        hair=str(rng.choice(list(HAIR_STYLES), p=list(HAIR_STYLES.values()))),
+        colours=colours, hair=str(rng.choice(list(HAIR_STYLES), p=list(HAIR_STYLES.values()))),
         fringe=int(rng.integers(1, 4)) if rng.random() < fringe else 0,
         hat=HATS[rng.integers(len(HATS))] if rng.random() < hat else None,
         glasses=int(rng.integers(1, 4)) if rng.random() < glasses else 0,
