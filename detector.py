@@ -293,7 +293,7 @@ def locate(picture, name, detector="auto", model=None):
             missing = True
     if sure >= SURE:
         check_inside(name, picture, ours)
-        return ours, f"{name}: not a drawing in flat colours; {NOTE}"
+        return ours, f"{name}: a photograph, or a drawing that a codec has blurred; {NOTE}"
     if sure >= .5:
         check_inside(name, picture, ours)                   # a part of a face is found, unsurely
     doubt = "" if detector == "mediapipe" else \
